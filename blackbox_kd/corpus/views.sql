@@ -1,0 +1,67 @@
+-- Views for people. `blackbox-kd sql "from spend"`.
+
+-- Asked for, not answered and not given up.
+CREATE OR REPLACE VIEW pending AS
+SELECT r.* FROM requests r
+ANTI JOIN completions c USING (request_key)
+ANTI JOIN dead_letters d USING (request_key);
+
+-- Whole teacher answers to train prompts, of every teacher and private prompt.
+CREATE OR REPLACE VIEW teacher_rows AS
+SELECT p.prompt_id, p.messages, c.completion_id, c.text, r.model, r.context_hash, r.sample_idx, c.choice_idx,
+       (r.body->>'temperature')::DOUBLE AS temperature
+FROM completions c
+JOIN requests r USING (request_key)
+JOIN prompts p ON p.prompt_id = c.prompt_id
+WHERE c.author = 'teacher' AND r.purpose = 'sample' AND p.split = 'train' AND c.finish_reason = 'stop'
+  AND length(trim(c.text)) > 0;
+
+-- The sequence-level training set: the teacher and private prompt of the last run only.
+CREATE OR REPLACE VIEW sft AS
+SELECT t.* FROM teacher_rows t
+SEMI JOIN (SELECT model, context_hash FROM runs ORDER BY started_at DESC LIMIT 1) USING (model, context_hash);
+
+-- The student's own samples.
+CREATE OR REPLACE VIEW rollouts AS
+SELECT c.run_id, c.round, c.policy, c.completion_id, p.messages, c.text, c.finish_reason, c.completion_tokens
+FROM completions c JOIN prompts p USING (prompt_id)
+JOIN requests r USING (request_key)
+WHERE c.author = 'student' AND r.purpose = 'rollout';
+
+-- What the student wrote beside what the teacher made of it.
+CREATE OR REPLACE VIEW pairs AS
+SELECT f.run_id, f.round, f.kind, p.messages, s.text AS rejected, t.text AS chosen, s.completion_id
+FROM feedback f
+JOIN completions s ON s.completion_id = f.completion_id
+JOIN completions t ON t.completion_id = f.target_completion_id
+JOIN prompts p ON p.prompt_id = s.prompt_id;
+
+-- What each run was billed for; `unknown` was in flight when a process or a connection died.
+CREATE OR REPLACE VIEW spend AS
+SELECT a.run_id, r.purpose, r.model, count(*) AS calls, count(*) FILTER (a.billed) AS billed,
+       count(*) FILTER (a.billed IS NULL) AS unknown, count(*) FILTER (a.status = 429) AS rate_limited,
+       sum(a.prompt_tokens)::BIGINT AS prompt_tokens, sum(a.completion_tokens)::BIGINT AS completion_tokens,
+       sum(a.cost_usd) AS cost_usd
+FROM attempts a JOIN requests r USING (request_key)
+GROUP BY ALL;
+
+-- One row a token.
+CREATE OR REPLACE VIEW token_logprobs AS
+SELECT l.completion_id, l.scorer, t.position, l.token_ids[t.position] AS token_id, v.text AS token,
+       l.token_logprobs[t.position] AS logprob, l.missing_mass[t.position] AS missing_mass
+FROM logprobs l, unnest(range(1, len(l.token_ids) + 1)) AS t(position)
+LEFT JOIN vocab v ON v.model = split_part(l.scorer, '/', 1) AND v.token_id = l.token_ids[t.position];
+
+-- One row an alternative; rank 1 is the likeliest.
+CREATE OR REPLACE VIEW top_logprobs AS
+SELECT l.completion_id, l.scorer, (t.slot // l.k) + 1 AS position, (t.slot % l.k) + 1 AS rank,
+       l.top_ids[t.slot + 1] AS token_id, v.text AS token, l.top_logprobs[t.slot + 1] AS logprob
+FROM logprobs l, unnest(range(0, len(l.top_ids))) AS t(slot)
+LEFT JOIN vocab v ON v.model = split_part(l.scorer, '/', 1) AND v.token_id = l.top_ids[t.slot + 1]
+WHERE l.k > 0 AND l.top_ids[t.slot + 1] IS NOT NULL;
+
+-- Evaluation by checkpoint; rows of different set_id do not compare.
+CREATE OR REPLACE VIEW leaderboard AS
+SELECT run_id, set_id, split, name, checkpoint, value, lo, hi
+FROM metrics WHERE stage = 'evaluate'
+ORDER BY run_id, set_id, split, name, round, checkpoint;

@@ -1,0 +1,77 @@
+"""Everything that can go wrong, as one tree.
+
+    BlackboxKDError                 shown as one line, without a traceback (`--debug` shows it)
+    ├── ConfigError                 2   a key, a flag, a file or a name is wrong
+    ├── CorpusError                 2   the corpus file cannot be opened, read or written
+    ├── ModelError                  2   a student model cannot be loaded or does not fit
+    ├── AlignmentError              2   rows, tokens or scores that must match up do not
+    ├── TrainingError               2   an update that would be a no-op or has diverged
+    └── TeacherError                3   the endpoint failed
+        ├── TeacherRefused          3   for good: key, quota, permission
+        ├── TeacherUnreachable      3   nobody answers at this address
+        ├── RequestRejected         3   400, 404, 422: this request will never succeed (a dead letter)
+        ├── RateLimited             3   429: wait at the shared gate
+        └── TransientError          3   408, 409, 5xx, broken connection or body: ask again
+
+The number is the exit code. Every message says what was wrong, the value seen and what to do.
+A bad row is data (`dead_letters`), not an exception that leaves the engine.
+"""
+
+from __future__ import annotations
+
+
+class BlackboxKDError(Exception):
+    """The root; `exit_code` is what the command line returns."""
+
+    exit_code = 2
+
+
+class ConfigError(BlackboxKDError, ValueError):
+    """A key, a flag, a file or a name that the user gave is wrong."""
+
+
+class CorpusError(BlackboxKDError):
+    """The corpus file cannot be opened, read or written."""
+
+
+class ModelError(BlackboxKDError):
+    """A student model cannot be loaded, or lacks what the stage needs."""
+
+
+class AlignmentError(BlackboxKDError):
+    """Rows, tokens or scores that must match up do not."""
+
+
+class TrainingError(BlackboxKDError):
+    """An update that would change nothing, or whose loss is not a number."""
+
+
+class TeacherError(BlackboxKDError):
+    """The endpoint failed; `status` is the HTTP status, None where there was no answer."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, *, status: int | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after_s = retry_after_s
+
+
+class TeacherRefused(TeacherError):
+    """Refused for good: a wrong key, no permission, no quota left."""
+
+
+class TeacherUnreachable(TeacherError):
+    """Nobody answers at this address."""
+
+
+class RequestRejected(TeacherError):
+    """This one request will never succeed; it becomes a row of `dead_letters`."""
+
+
+class RateLimited(TeacherError):
+    """429: everyone waits `retry_after_s` at the shared gate."""
+
+
+class TransientError(TeacherError):
+    """Worth asking again: 408, 409, 5xx, a broken connection, a body that is cut short or has the wrong shape."""

@@ -1,0 +1,31 @@
+"""Content hashes: the same content has the same id in every run, on every machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+
+def canonical_json(value: Any) -> str:
+    """The one JSON text of a value: sorted keys, no blanks, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def content_id(value: Any) -> str:
+    """First 128 bits of sha256 over the canonical JSON, written as a UUID (DuckDB stores it in 16 bytes)."""
+    return str(uuid.UUID(bytes=hashlib.sha256(canonical_json(value).encode()).digest()[:16]))
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, 32 hex digits of it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
+def phase_seed(seed: int, round_: int, phase: str) -> int:
+    """A 31-bit seed for one phase of one round, so that a resumed round repeats what a killed one did."""
+    digest = hashlib.sha256(f"{seed}/{round_}/{phase}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1

@@ -1,0 +1,133 @@
+"""The run directory: who the run is, its config, its metrics and its checkpoints. A checkpoint commits by rename.
+
+    runs/x/run.json             run_id, kept over restarts
+    runs/x/config.yaml          the resolved config; `--config runs/x/config.yaml` repeats the run
+    runs/x/metrics.jsonl        one metric a line, as in the corpus table `metrics`
+    runs/x/checkpoints/sft/     a PEFT adapter with its model card; round-1/, round-2/, ...
+    runs/x/summary.json         what `evaluate` found and what was spent
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import yaml
+
+from blackbox_kd.errors import ConfigError
+
+SETTINGS_FILE = "settings.json"
+"""In each checkpoint: the sections of the config that made it."""
+
+
+class RunDir:
+    """One process at a time; use as a context manager.
+
+    Raises:
+        ConfigError: another process is running in this directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock: IO[str] = (path / "run.lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"{path} is in use by another run; wait for it or choose another --run_dir") from error
+        identity = path / "run.json"
+        if not identity.exists():
+            write_atomically(identity, json.dumps({"run_id": str(uuid.uuid4()), "created_at": time.time()}))
+        self.run_id = str(json.loads(identity.read_text())["run_id"])
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._lock.close()
+
+    def save_config(self, config: Mapping[str, Any]) -> None:
+        """The resolved config, in the form that `--config` reads."""
+        write_atomically(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+
+    def log(self, rows: list[dict[str, Any]]) -> None:
+        """Append metric rows to metrics.jsonl (the corpus holds the same, upserted)."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> Path:
+        """summary.json; returns its path."""
+        path = self.path / "summary.json"
+        write_atomically(path, json.dumps(summary, indent=2) + "\n")
+        return path
+
+    def checkpoint(self, name: str) -> Path:
+        """Where a checkpoint is, or will be."""
+        return self.path / "checkpoints" / name
+
+    def checkpoints(self) -> list[str]:
+        """Committed checkpoints in the order in which they were trained."""
+        found = [p.name for p in (self.path / "checkpoints").glob("*") if (p / SETTINGS_FILE).exists()]
+        return sorted(found, key=round_of)
+
+    @contextmanager
+    def committing(self, name: str, settings: Mapping[str, Any]) -> Iterator[Path]:
+        """A folder to fill; it becomes the checkpoint `name` when the block ends without an error."""
+        final = self.checkpoint(name)
+        partial = final.with_name(f".{name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        write_atomically(partial / SETTINGS_FILE, json.dumps(settings, sort_keys=True, indent=2))
+        partial.rename(final)
+
+    def done(self, name: str, settings: Mapping[str, Any]) -> bool:
+        """Whether the checkpoint exists already.
+
+        Raises:
+            ConfigError: it was made with other settings, so going on would mix two experiments.
+        """
+        path = self.checkpoint(name) / SETTINGS_FILE
+        if not path.exists():
+            return False
+        made = flatten(json.loads(path.read_text()))
+        wanted = flatten(json.loads(json.dumps(settings)))
+        for key in sorted(made.keys() | wanted.keys()):
+            if made.get(key) != wanted.get(key):
+                raise ConfigError(
+                    f"{self.checkpoint(name)} was made with {key} {made.get(key)!r}, the config now says "
+                    f"{wanted.get(key)!r}; choose another --run_dir, or delete that folder and the later ones"
+                )
+        return True
+
+
+def round_of(checkpoint: str) -> int:
+    """base -> -1, sft -> 0, round-N -> N: the order of training."""
+    if checkpoint.startswith("round-"):
+        return int(checkpoint.removeprefix("round-"))
+    return {"base": -1, "sft": 0}[checkpoint]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A reader sees the old file or the new one, never half of one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, "utf-8")
+    partial.replace(path)
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
