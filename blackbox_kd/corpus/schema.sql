@@ -81,7 +81,7 @@ CREATE TABLE IF NOT EXISTS completions (
 
 CREATE TABLE IF NOT EXISTS logprobs (
     completion_id  UUID NOT NULL,       -- the completion that is scored
-    scorer         VARCHAR NOT NULL,    -- model/context_hash that scored it; for a student its policy
+    scorer         VARCHAR NOT NULL,    -- model@context_hash that scored it; for a student model@policy
     token_ids      INTEGER[] NOT NULL,  -- T scorer tokens; below 0 where the endpoint gives no ids and we count them
     token_logprobs FLOAT[] NOT NULL,    -- T natural logprobs, rounded to 1e-3, NULL where the endpoint hides one
     top_ids        INTEGER[] NOT NULL,  -- T * k alternatives, row by row, NULL where fewer than k were shown
@@ -106,7 +106,7 @@ CREATE TABLE IF NOT EXISTS feedback (
     value                DOUBLE,                -- a score, NULL for a text
     target_completion_id UUID,                  -- the better text, NULL for a score
     detail               JSON NOT NULL,         -- anything else
-    scorer               VARCHAR NOT NULL,      -- model/context_hash that said it
+    scorer               VARCHAR NOT NULL,      -- model@context_hash that said it
     round                INTEGER NOT NULL,      -- on-policy round
     run_id               UUID NOT NULL,         -- run that asked
     created_at           TIMESTAMPTZ NOT NULL   -- when it was received

@@ -50,14 +50,14 @@ CREATE OR REPLACE VIEW token_logprobs AS
 SELECT l.completion_id, l.scorer, t.position, l.token_ids[t.position] AS token_id, v.text AS token,
        l.token_logprobs[t.position] AS logprob, l.missing_mass[t.position] AS missing_mass
 FROM logprobs l, unnest(range(1, len(l.token_ids) + 1)) AS t(position)
-LEFT JOIN vocab v ON v.model = split_part(l.scorer, '/', 1) AND v.token_id = l.token_ids[t.position];
+LEFT JOIN vocab v ON v.model = regexp_replace(l.scorer, '@[^@]*$', '') AND v.token_id = l.token_ids[t.position];
 
 -- One row an alternative; rank 1 is the likeliest.
 CREATE OR REPLACE VIEW top_logprobs AS
 SELECT l.completion_id, l.scorer, (t.slot // l.k) + 1 AS position, (t.slot % l.k) + 1 AS rank,
        l.top_ids[t.slot + 1] AS token_id, v.text AS token, l.top_logprobs[t.slot + 1] AS logprob
 FROM logprobs l, unnest(range(0, len(l.top_ids))) AS t(slot)
-LEFT JOIN vocab v ON v.model = split_part(l.scorer, '/', 1) AND v.token_id = l.top_ids[t.slot + 1]
+LEFT JOIN vocab v ON v.model = regexp_replace(l.scorer, '@[^@]*$', '') AND v.token_id = l.top_ids[t.slot + 1]
 WHERE l.k > 0 AND l.top_ids[t.slot + 1] IS NOT NULL;
 
 -- Evaluation by checkpoint; rows of different set_id do not compare.

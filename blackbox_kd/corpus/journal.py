@@ -1,0 +1,108 @@
+"""Received answers, on disk before anything else happens to them.
+
+A journal is a folder of segments, one for each process that writes. A record is a length, a CRC and msgpack;
+a segment that ends in a torn record (kill, full disk) is read up to the tear. A segment that a living process
+holds is left alone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from blackbox_kd.errors import CorpusError
+from blackbox_kd.types import Attempt, Completion
+
+_FRAME = struct.Struct("<II")
+
+
+class Sent(msgspec.Struct, frozen=True, kw_only=True, tag="sent"):
+    """A call is about to leave. If nothing else is known of it, it was in flight at a kill."""
+
+    attempt_id: str
+    request_key: str
+    run_id: str
+    attempted_at: float
+
+
+class Answered(msgspec.Struct, frozen=True, kw_only=True, tag="answered"):
+    """A call came back, with answers or with an error."""
+
+    attempt: Attempt
+    completions: list[Completion] = []
+    scorer: str = ""
+    """Whose logprobs the completions carry."""
+    dead_letter: bool = False
+    """Whether the request will not be asked again."""
+
+
+Record = Sent | Answered
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Record] = msgspec.msgpack.Decoder(Record)
+
+
+class Segment:
+    """This process's part of the journal, locked while it is open."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{time.time_ns()}-{os.getpid()}.journal"
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_EXCL, 0o600)
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+
+    def append(self, record: Record) -> None:
+        """Hand the record to the operating system in one write: it survives a kill of this process.
+
+        Raises:
+            CorpusError: the disk is full or the file cannot be written.
+        """
+        payload = _encoder.encode(record)
+        frame = _FRAME.pack(len(payload), zlib.crc32(payload)) + payload
+        try:
+            written = os.write(self._fd, frame)
+        except OSError as error:
+            raise CorpusError(f"cannot write the journal {self.path}: {error.strerror}") from error
+        if written != len(frame):
+            raise CorpusError(f"cannot write the journal {self.path}: the disk is full")
+
+    def close(self, *, ingested: bool) -> None:
+        """Let go of the segment; an ingested one is deleted, another waits for the next start."""
+        if ingested:
+            self.path.unlink()
+        os.close(self._fd)
+
+
+def read_segment(path: Path) -> list[Record]:
+    """All whole records of a segment; what stands behind a tear is not one."""
+    data, records, offset = path.read_bytes(), [], 0
+    while offset + _FRAME.size <= len(data):
+        length, crc = _FRAME.unpack_from(data, offset)
+        payload = data[offset + _FRAME.size : offset + _FRAME.size + length]
+        if len(payload) != length or zlib.crc32(payload) != crc:
+            break
+        records.append(_decoder.decode(payload))
+        offset += _FRAME.size + length
+    return records
+
+
+def leftovers(folder: Path) -> Iterator[tuple[Path, list[Record]]]:
+    """Segments whose process is gone, locked while they are looked at: (path, records)."""
+    for path in sorted(folder.glob("*.journal")):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue
+        else:
+            if path.exists():  # another process may have ingested it between listing and lock
+                yield path, read_segment(path)
+        finally:
+            os.close(fd)

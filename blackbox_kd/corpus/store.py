@@ -1,0 +1,326 @@
+"""The corpus file: short-lived connections, and the questions that stages ask of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import tenacity
+
+from blackbox_kd.corpus.ingest import Row, completion_row, ingest, insert, insert_logprobs, timestamp
+from blackbox_kd.corpus.journal import Record, leftovers
+from blackbox_kd.errors import CorpusError
+from blackbox_kd.hashing import canonical_json, content_id
+from blackbox_kd.types import (
+    Completion,
+    Feedback,
+    Prompt,
+    Request,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
+
+SCHEMA_VERSION = 1
+LOCK_WAIT_S = 60.0
+"""How long a stage waits for somebody who holds the file open."""
+
+
+class Corpus:
+    """One DuckDB file. Between calls it is closed, so that anybody can query it while a run goes on.
+
+    Raises:
+        CorpusError: the file is no corpus, is newer than this version, or is held open for longer than `lock_wait_s`.
+    """
+
+    def __init__(self, path: Path, *, lock_wait_s: float = LOCK_WAIT_S) -> None:
+        self.path = path
+        self.journal = path.with_name(path.name + ".journal")
+        self._lock_wait_s = lock_wait_s
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self.connect() as con:
+            _migrate(con, path)
+        self.replay()
+
+    @contextmanager
+    def connect(self, *, wait_s: float | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A read-write connection, closed at the end of the block."""
+        con = _open(self.path, read_only=False, wait_s=self._lock_wait_s if wait_s is None else wait_s)
+        try:
+            yield con
+        finally:
+            con.close()
+
+    def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """The result of a query."""
+        with self.connect() as con:
+            return con.execute(sql, parameters).fetchall()
+
+    def replay(self) -> int:
+        """Ingest what processes that are gone left in the journal; returns the number of answers found."""
+        found = 0
+        for path, records in leftovers(self.journal):
+            with self.connect() as con:
+                ingest(con, records, orphaned=True)
+            path.unlink()
+            found += sum(len(getattr(r, "completions", [])) for r in records)
+        return found
+
+    def try_ingest(self, records: list[Record], *, wait_s: float = 0.0) -> bool:
+        """Ingest; False where somebody holds the file open for longer than `wait_s`."""
+        try:
+            with self.connect(wait_s=wait_s) as con:
+                ingest(con, records)
+        except CorpusError:
+            return False
+        return True
+
+    def add_run(self, run_id: str, run_dir: Path, config: Mapping[str, Any], model: str, context_hash: str) -> None:
+        """This run, or its new start."""
+        from blackbox_kd import __version__
+
+        row = {"run_id": run_id, "run_dir": str(run_dir), "config": canonical_json(config), "model": model,
+               "context_hash": context_hash, "version": __version__, "started_at": timestamp(time.time())}  # fmt: skip
+        with self.connect() as con:
+            insert(con, "runs", [row], replace=True)
+
+    def add_prompts(self, prompts: Iterable[Prompt]) -> None:
+        """Prompts that are not there yet."""
+        now = timestamp(time.time())
+        rows = [
+            {"prompt_id": p.prompt_id, "messages": canonical_json(p.messages), "split": p.split, "source": p.source,
+             "meta": canonical_json(p.meta), "added_at": now}
+            for p in prompts
+        ]  # fmt: skip
+        with self.connect() as con:
+            insert(con, "prompts", rows)
+
+    def add_requests(self, requests: Sequence[Request]) -> None:
+        """Requests that are not there yet."""
+        with self.connect() as con:
+            insert(con, "requests", [_request_row(r) for r in requests])
+
+    def answers(self, keys: Sequence[str]) -> dict[str, list[Completion]]:
+        """What is known already: request_key -> its choices in order, with logprobs."""
+        select = f"""SELECT {", ".join(_COMPLETION_COLUMNS)} FROM completions
+                     SEMI JOIN (SELECT unnest(?::UUID[]) AS request_key) USING (request_key)
+                     ORDER BY request_key, choice_idx"""
+        found: dict[str, list[Completion]] = {}
+        with self.connect() as con:
+            rows = con.execute(select, [list(keys)]).fetchall()
+            logprobs = _logprobs(con, [row[0] for row in rows])
+        for row in rows:
+            completion = _completion(row, logprobs.get(str(row[0])))
+            found.setdefault(completion.request_key, []).append(completion)
+        return found
+
+    def dead(self, keys: Sequence[str]) -> dict[str, str]:
+        """Given up already: request_key -> what the endpoint said."""
+        rows = self.rows(
+            "SELECT request_key::VARCHAR, error FROM dead_letters WHERE request_key IN (SELECT unnest(?::UUID[]))",
+            [list(keys)],
+        )
+        return dict(rows)
+
+    def add_completions(self, completions: Sequence[Completion], *, scorer: str, run_id: str) -> None:
+        """Answers that came from no endpoint: the student's own samples, with their token logprobs."""
+        now = time.time()
+        with self.connect() as con:
+            con.execute("BEGIN")
+            insert(con, "completions", [completion_row(c, run_id, now) for c in completions])
+            insert_logprobs(con, [(c, scorer) for c in completions if c.logprobs])
+            con.execute("COMMIT")
+
+    def teacher_rows(self, model: str, context_hash: str, prompt_ids: Sequence[str]) -> list[tuple[str, str, str]]:
+        """Training rows of one teacher and private prompt: (prompt_id, completion_id, text), by completion_id."""
+        return self.rows(
+            """SELECT prompt_id::VARCHAR, completion_id::VARCHAR, text FROM teacher_rows
+               WHERE model = ? AND context_hash = ?::UUID AND prompt_id IN (SELECT unnest(?::UUID[]))
+               ORDER BY completion_id""",
+            [model, context_hash, list(prompt_ids)],
+        )
+
+    def add_feedback(self, feedback: Sequence[Feedback], *, round_: int, run_id: str) -> None:
+        """What was said of student completions in a round."""
+        now = timestamp(time.time())
+        rows = [
+            {"feedback_id": content_id([f.completion_id, f.kind, f.scorer, round_]), "completion_id": f.completion_id,
+             "kind": f.kind, "value": f.value, "target_completion_id": f.target_completion_id,
+             "detail": canonical_json(f.detail), "scorer": f.scorer, "round": round_, "run_id": run_id,
+             "created_at": now}
+            for f in feedback
+        ]  # fmt: skip
+        with self.connect() as con:
+            insert(con, "feedback", rows)
+
+    def log_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Upsert metric rows (the columns of `metrics` without `logged_at`)."""
+        now = timestamp(time.time())
+        with self.connect() as con:
+            insert(con, "metrics", [{**row, "logged_at": now} for row in rows], replace=True)
+
+    def spend(self, run_id: str) -> dict[str, Any]:
+        """What a run was ever billed for, over its restarts: calls, tokens, dollars (None: a price is not known)."""
+        calls, prompt, completion, cost, unpriced, unknown = self.rows(
+            """SELECT count(*) FILTER (billed), coalesce(sum(prompt_tokens), 0)::BIGINT,
+                      coalesce(sum(completion_tokens), 0)::BIGINT, coalesce(sum(cost_usd), 0),
+                      count(*) FILTER (billed AND cost_usd IS NULL), count(*) FILTER (billed IS NULL)
+               FROM attempts WHERE run_id = ?::UUID""",
+            [run_id],
+        )[0]
+        return {"calls": calls, "prompt_tokens": prompt, "completion_tokens": completion,
+                "cost_usd": None if unpriced else cost, "unknown_calls": unknown}  # fmt: skip
+
+    def counts(self) -> list[tuple[str, int]]:
+        """(purpose, answers) of the whole corpus."""
+        return self.rows(
+            "SELECT r.purpose, count(*) FROM completions c JOIN requests r USING (request_key) GROUP BY ALL ORDER BY ALL"
+        )
+
+
+def query(path: Path, sql: str, *, wait_s: float = 10.0) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Columns and rows of a user's read-only query.
+
+    Raises:
+        CorpusError: no such file, held open by a writer for longer than `wait_s`, or what DuckDB says of the SQL.
+    """
+    if not path.exists():
+        raise CorpusError(f"no corpus {str(path)!r}: run a stage first, or name one with --corpus")
+    con = _open(path, read_only=True, wait_s=wait_s)
+    try:
+        cursor = con.execute(sql)
+        return [column[0] for column in cursor.description or []], cursor.fetchall()
+    except duckdb.Error as error:
+        raise CorpusError(" ".join(str(error).split())) from error
+    finally:
+        con.close()
+
+
+def export(path: Path, select: str, target: Path) -> int:
+    """Write a query's rows to a Parquet or JSONL file; returns how many."""
+    con = _open(path, read_only=True, wait_s=10.0)
+    try:
+        form = "FORMAT parquet, COMPRESSION zstd" if target.suffix == ".parquet" else "FORMAT json"
+        quoted = str(target).replace("'", "''")
+        return int(con.execute(f"COPY ({select}) TO '{quoted}' ({form})").fetchall()[0][0])
+    except duckdb.Error as error:
+        raise CorpusError(f"export to {target}: {' '.join(str(error).split())}") from error
+    finally:
+        con.close()
+
+
+def _is_locked(error: BaseException) -> bool:
+    text = str(error)
+    return "Could not set lock" in text or "different configuration" in text
+
+
+def _open(path: Path, *, read_only: bool, wait_s: float) -> duckdb.DuckDBPyConnection:
+    """Open the file, waiting while another process holds it."""
+    retry = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_is_locked),
+        wait=tenacity.wait_random(0.02, 0.1),
+        stop=tenacity.stop_after_delay(wait_s),
+        reraise=True,
+    )
+    connect: Callable[[], duckdb.DuckDBPyConnection] = lambda: duckdb.connect(str(path), read_only=read_only)  # noqa: E731
+    try:
+        return retry(connect)
+    except duckdb.Error as error:
+        if _is_locked(error):
+            raise CorpusError(
+                f"{path} is held open by another program ({_holder(str(error))}) for over {wait_s:.0f} s; close it there"
+            ) from error
+        raise CorpusError(f"cannot open {path}: {' '.join(str(error).split())}") from error
+
+
+def _holder(message: str) -> str:
+    _, _, behind = message.partition("held in ")
+    return behind.partition(". ")[0] or "unknown"
+
+
+def _migrate(con: duckdb.DuckDBPyConnection, path: Path) -> None:
+    files = resources.files("blackbox_kd.corpus")
+    tables = {name for (name,) in con.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
+    if tables and "meta" not in tables:
+        raise CorpusError(f"{path} is a DuckDB file, but no corpus (its tables: {', '.join(sorted(tables)[:5])})")
+    if not tables:
+        con.execute(files.joinpath("schema.sql").read_text("utf-8"))
+        con.execute("INSERT INTO meta VALUES ('schema_version', ?)", [str(SCHEMA_VERSION)])
+    version = int(con.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchall()[0][0])
+    if version != SCHEMA_VERSION:
+        raise CorpusError(f"{path} has schema version {version}, this blackbox_kd speaks {SCHEMA_VERSION}: upgrade it")
+    con.execute(files.joinpath("views.sql").read_text("utf-8"))
+
+
+def _request_row(request: Request) -> Row:
+    return {
+        "request_key": request.request_key,
+        "purpose": request.purpose,
+        "prompt_id": request.prompt_id,
+        "completion_id": request.completion_id,
+        "cut_byte": request.cut_byte,
+        "context_hash": request.context_hash,
+        "model": request.model,
+        "body": canonical_json(request.body),
+        "sample_idx": request.sample_idx,
+        "created_at": timestamp(time.time()),
+    }
+
+
+_COMPLETION_COLUMNS = (
+    "completion_id::VARCHAR", "request_key::VARCHAR", "choice_idx", "prompt_id::VARCHAR", "author", "model", "policy",
+    "round", "text", "reasoning", "finish_reason", "served_model", "system_fingerprint",
+    "prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens",
+)  # fmt: skip
+
+
+def _completion(row: tuple[Any, ...], logprobs: list[TokenLogprob] | None) -> Completion:
+    completion = Completion(
+        request_key=row[1], choice_idx=row[2], prompt_id=row[3], author=row[4], model=row[5], policy=row[6],
+        round=row[7], text=row[8], reasoning=row[9], finish_reason=row[10], served_model=row[11],
+        system_fingerprint=row[12], logprobs=logprobs,
+        usage=Usage(prompt_tokens=row[13], completion_tokens=row[14], cached_tokens=row[15], reasoning_tokens=row[16]),
+    )  # fmt: skip
+    if completion.completion_id != row[0]:
+        raise CorpusError(f"completion {row[0]} does not hash to its id: the row was changed")
+    return completion
+
+
+def _logprobs(con: duckdb.DuckDBPyConnection, completion_ids: list[Any]) -> dict[str, list[TokenLogprob]]:
+    """Each completion's tokens as scored by its own author when it wrote them."""
+    rows = con.execute(
+        """SELECT l.completion_id::VARCHAR, token_ids, token_logprobs, top_ids, top_logprobs, k, c.model
+           FROM logprobs l JOIN completions c USING (completion_id) JOIN requests r USING (request_key)
+           WHERE l.completion_id IN (SELECT unnest(?::UUID[]))
+             AND l.scorer = c.model || '@' || coalesce(c.policy, r.context_hash::VARCHAR, 'bare')""",
+        [completion_ids],
+    ).fetchall()
+    vocab = {
+        (model, token_id): (text, list(raw) if raw is not None else None)
+        for model, token_id, text, raw in con.execute("SELECT model, token_id, text, bytes FROM vocab").fetchall()
+    }
+    found = {}
+    for completion_id, ids, values, top_ids, top_values, k, model in rows:
+        found[completion_id] = [
+            TokenLogprob(
+                **_token(model, token_id, value, vocab),
+                top_logprobs=[
+                    TopLogprob(**_token(model, i, v, vocab))
+                    for i, v in zip(top_ids[t * k : t * k + k], top_values[t * k : t * k + k], strict=True)
+                    if i is not None
+                ],
+            )
+            for t, (token_id, value) in enumerate(zip(ids, values, strict=True))
+        ]
+    return found
+
+
+def _token(model: str, token_id: int, logprob: float | None, vocab: dict[tuple[str, int], Any]) -> dict[str, Any]:
+    text, raw = vocab.get((model, token_id), ("", None))
+    value = logprob if logprob is not None else -9999.0
+    return {"token": text, "bytes": raw, "id": token_id if token_id >= 0 else None, "logprob": value}

@@ -1,0 +1,77 @@
+"""Journal first, then DuckDB: a thread that ingests in batches, so that neither the event loop nor a reader waits."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from types import TracebackType
+
+from blackbox_kd.corpus.journal import Record, Segment
+from blackbox_kd.corpus.store import LOCK_WAIT_S, Corpus
+from blackbox_kd.progress import say
+
+BATCH_ROWS = 256
+BATCH_S = 0.25
+
+
+class Writer:
+    """`submit` returns once the record is in the journal; leaving the block waits until it is in DuckDB."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self._corpus = corpus
+        self._segment = Segment(corpus.journal)
+        self._queue: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
+        self._waiting: list[Record] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="corpus-writer", daemon=True)
+
+    def __enter__(self) -> Writer:
+        self._thread.start()
+        return self
+
+    def submit(self, record: Record) -> None:
+        """Keep a record. What the thread could not store is raised here, before more is paid for.
+
+        Raises:
+            CorpusError: the journal cannot be written.
+        """
+        self._segment.append(record)
+        if self._error:
+            raise self._error
+        self._queue.put(record)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        ingested = not self._error and (not self._waiting or self._corpus.try_ingest(self._waiting, wait_s=LOCK_WAIT_S))
+        self._segment.close(ingested=ingested)
+        if self._error and error is None:
+            raise self._error
+        if not ingested:
+            say(f"{len(self._waiting)} records wait in {self._segment.path}: the corpus is in use elsewhere; "
+                "the next command ingests them")  # fmt: skip
+
+    def _run(self) -> None:
+        ended = False
+        while not ended:
+            ended = self._collect()
+            if not self._waiting:
+                continue
+            try:
+                if self._corpus.try_ingest(self._waiting):
+                    self._waiting = []
+            except BaseException as error:
+                self._error = error
+                return
+
+    def _collect(self) -> bool:
+        """Wait for a batch; True at the end of the stream."""
+        try:
+            while len(self._waiting) < BATCH_ROWS:
+                record = self._queue.get(timeout=BATCH_S)
+                if record is None:
+                    return True
+                self._waiting.append(record)
+        except queue.Empty:
+            pass
+        return False

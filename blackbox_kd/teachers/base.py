@@ -1,0 +1,103 @@
+"""What every teacher has: its section of the YAML, its transport, its prices."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Protocol
+
+from pydantic import Field
+
+from blackbox_kd.config import Section
+from blackbox_kd.errors import ConfigError
+from blackbox_kd.types import Completion, Usage
+
+
+class Reply(Protocol):
+    """What a transport brings back; `teachers.wire.WireReply` is the one that exists."""
+
+    completions: list[Completion]
+    usage: Usage
+    server_request_id: str | None
+
+
+class Transport(Protocol):
+    """Sends one body, once. Retrying, pacing and storing are the engine's."""
+
+    async def send(self, body: dict[str, Any]) -> bytes:
+        """The body of a 200 reply.
+
+        Raises:
+            TeacherError: by status, see `teachers.wire.error_of`.
+        """
+        ...
+
+
+class TeacherPromptConfig(Section):
+    """The teacher's private part; the student never sees it."""
+
+    template: str | None = None
+    """Jinja file of the system message; it may use {{ system }}, the prompt's own."""
+    examples: str | None = None
+    """JSONL of example conversations ({"messages": [...]}) that stand before the prompt."""
+
+
+class PriceConfig(Section):
+    """US dollars for a million tokens."""
+
+    input: float = Field(ge=0)
+    cached_input: float | None = Field(None, ge=0)
+    """None: as `input`."""
+    output: float = Field(ge=0)
+
+    def cost(self, usage: Usage) -> float:
+        """Dollars for one answer."""
+        cached = self.input if self.cached_input is None else self.cached_input
+        fresh = usage.prompt_tokens - usage.cached_tokens
+        return (fresh * self.input + usage.cached_tokens * cached + usage.completion_tokens * self.output) / 1e6
+
+
+class TeacherConfig(Section):
+    """Common to all providers; each adds how it is reached."""
+
+    model: str
+    """Name that the endpoint knows the model by."""
+    prompt: TeacherPromptConfig = TeacherPromptConfig()
+    seed: int | None = 0
+    """seed + sample_idx is sent with each request; null sends none."""
+    concurrency: int = Field(8, ge=1)
+    """Requests in flight at once."""
+    timeout_s: float = Field(600.0, gt=0)
+    max_retries: int = Field(5, ge=0)
+    """Times that a request is asked again after a transient failure; a 429 does not count."""
+    token_limit_param: str = "max_tokens"
+    """`max_completion_tokens` for OpenAI's newer models."""
+    reasoning_effort: str | None = None
+    """Sent as it is; null sends none."""
+    extra_body: dict[str, Any] = {}
+    """Added to every body (and so to its key)."""
+    omit_params: list[str] = []
+    """Parameters that the endpoint does not accept, e.g. [seed, top_p]."""
+    price: PriceConfig | None = None
+    """Null: costs are not known, and shown as such."""
+
+    def connect(self) -> AbstractAsyncContextManager[Transport]:
+        """A transport that works, closed at the end of the block."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise ConfigError for what can be known to be wrong without asking anybody."""
+
+
+def api_key(variable: str | None) -> str | None:
+    """The key in an environment variable; None where no variable is named.
+
+    Raises:
+        ConfigError: the variable is not set.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ConfigError(f"teacher.api_key_env: environment variable {variable} is not set; export {variable}=...")
+    return key

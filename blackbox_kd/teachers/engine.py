@@ -1,0 +1,243 @@
+"""The one way to ask an endpoint anything: what is known is not asked again, what comes back is kept first.
+
+requests -> known already? -> bounded workers -> (gate, retries) -> journal -> DuckDB, and to the caller
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack
+
+import tenacity
+
+from blackbox_kd.corpus import Corpus
+from blackbox_kd.corpus.journal import Answered, Sent
+from blackbox_kd.corpus.writer import Writer
+from blackbox_kd.errors import RateLimited, RequestRejected, TeacherError, TeacherUnreachable, TransientError
+from blackbox_kd.progress import counting, say
+from blackbox_kd.teachers.base import TeacherConfig, Transport
+from blackbox_kd.teachers.wire import decode_reply
+from blackbox_kd.types import Attempt, Author, Completion, Request, Usage, scorer
+
+DRAIN_S = 30.0
+"""How long answers in flight are waited for after an interruption."""
+MAX_RATE_LIMIT_WAIT_S = 900.0
+"""A request that meets nothing but 429 for so long fails."""
+FAILURES_TO_STOP = 8
+"""Requests that fail one after the other, all retries spent, before the endpoint counts as gone."""
+
+
+class Engine:
+    """Use as an async context manager; the transport opens with the first question that is not known already."""
+
+    def __init__(self, config: TeacherConfig, corpus: Corpus, run_id: str, author: Author = "teacher") -> None:
+        self._config, self._corpus, self._run_id, self._author = config, corpus, run_id, author
+        self._stack = AsyncExitStack()
+        self._transport: Transport | None = None
+        self._gate = 0.0  # monotonic time before which nothing is sent
+        self._limited = 0  # 429s in a row
+        self.asked = 0
+        self.cached = 0
+        self.missing_logprobs = 0
+
+    async def __aenter__(self) -> Engine:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._stack.aclose()
+
+    async def complete(
+        self, requests: Sequence[Request], *, round_: int = 0, description: str = "asking the teacher"
+    ) -> AsyncIterator[Completion]:
+        """Every answer to every request, known ones first, in order of arrival.
+
+        A request that the endpoint rejects becomes a dead letter and yields nothing; one that keeps failing stays
+        pending for the next start.
+
+        Raises:
+            TeacherRefused: key or quota; TeacherUnreachable: nothing gets through any more.
+            CorpusError: the journal or the corpus cannot be written.
+        """
+        requests = list({request.request_key: request for request in requests}.values())
+        self._corpus.add_requests(requests)
+        keys = [request.request_key for request in requests]
+        known, dead = self._corpus.answers(keys), self._corpus.dead(keys)
+        for request in requests:
+            for completion in known.get(request.request_key, ()):
+                yield completion
+        todo = [r for r in requests if r.request_key not in known and r.request_key not in dead]
+        self.cached += len(known)
+        say(f"{description}: {len(requests)} questions, {len(known)} answered before, {len(todo)} to ask"
+            + (f", {len(dead)} in dead_letters" if dead else ""))  # fmt: skip
+        if not todo:
+            return
+        if self._transport is None:
+            self._transport = await self._stack.enter_async_context(self._config.connect())
+        async for completion in self._ask_all(todo, round_, description):
+            yield completion
+
+    async def _ask_all(self, todo: list[Request], round_: int, description: str) -> AsyncIterator[Completion]:
+        batch = _Batch(todo)
+        with Writer(self._corpus) as writer, counting(description, len(todo)) as progress:
+            workers = [
+                asyncio.create_task(self._work(batch, writer, round_))
+                for _ in range(min(self._config.concurrency, len(todo)))
+            ]
+            try:
+                async for completions in batch.results(workers):
+                    progress.advance(note=f"({batch.failed} failed)" if batch.failed else "")
+                    for completion in completions:
+                        yield completion
+            finally:
+                batch.stopped = True
+                # Whatever ends the loop, what is in flight is paid for: wait for it and keep it.
+                _, late = await asyncio.wait(workers, timeout=DRAIN_S)
+                for worker in late:
+                    worker.cancel()
+        if batch.error:
+            raise batch.error
+        if batch.failed:
+            say(f"{batch.failed} of {len(todo)} requests failed ({batch.last_failure}); they stay pending, run again")
+
+    async def _work(self, batch: _Batch, writer: Writer, round_: int) -> None:
+        for request in batch:
+            try:
+                completions = await self._ask(request, writer, round_)
+            except RequestRejected as error:
+                say(f"dead letter: {error}")
+                completions = []
+            except (TransientError, RateLimited) as error:
+                batch.fail(error)
+                completions = []
+            except BaseException as error:
+                batch.stop(error)
+                raise
+            else:
+                batch.in_a_row = 0
+            await batch.queue.put(completions)
+
+    async def _ask(self, request: Request, writer: Writer, round_: int) -> list[Completion]:
+        """One request until it is answered, rejected, or has failed too often."""
+        started, transient = time.monotonic(), 0
+
+        def spent(state: tenacity.RetryCallState) -> bool:
+            nonlocal transient
+            error = state.outcome.exception() if state.outcome else None
+            if isinstance(error, RateLimited):
+                return time.monotonic() - started > MAX_RATE_LIMIT_WAIT_S
+            transient += 1
+            return transient > self._config.max_retries
+
+        def wait(state: tenacity.RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            if isinstance(error, RateLimited):
+                return 0.0  # the gate holds everybody
+            backoff = tenacity.wait_random_exponential(multiplier=0.25, max=20)(state)
+            return max(backoff, getattr(error, "retry_after_s", None) or 0.0)
+
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type((TransientError, RateLimited)), stop=spent, wait=wait, reraise=True
+        )
+        return await retrying(self._attempt, request, writer, round_)
+
+    async def _attempt(self, request: Request, writer: Writer, round_: int) -> list[Completion]:
+        """One HTTP call; its outcome is in the journal before it is anybody's."""
+        await self._pass_gate()
+        assert self._transport is not None
+        identity = {"attempt_id": str(uuid.uuid4()), "request_key": request.request_key, "run_id": self._run_id}
+        sent_at, clock = time.time(), time.monotonic()
+        writer.submit(Sent(**identity, attempted_at=sent_at))
+        completions: list[Completion] = []
+        outcome: dict[str, object] = {}
+        dead = False
+        try:
+            data = await self._transport.send(request.body)
+            outcome = {"status": 200, "billed": True}
+            completions, usage = decode_reply(data, request, self._author, round_)
+            outcome |= {"usage": usage, "cost_usd": self._cost(usage)}
+        except TeacherError as error:
+            # No status: the connection died, and nobody knows whether the call was paid for.
+            outcome = {"billed": None if error.status in (None, 200) else False, "status": error.status,
+                       "error": str(error), "retry_after_s": error.retry_after_s}  # fmt: skip
+            dead = isinstance(error, RequestRejected)
+            self._learn(error)
+            raise
+        except BaseException as error:
+            outcome = {"error": f"interrupted: {type(error).__name__}"}
+            raise
+        finally:
+            attempt = Attempt(**identity, attempted_at=sent_at, latency_s=time.monotonic() - clock, **outcome)  # type: ignore[arg-type]
+            by = scorer(request.model, request.context_hash)
+            writer.submit(Answered(attempt=attempt, completions=completions, scorer=by, dead_letter=dead))
+        self.asked += 1
+        self._limited = 0
+        self._count_missing_logprobs(request, completions)
+        return completions
+
+    def _cost(self, usage: Usage) -> float | None:
+        return self._config.price.cost(usage) if self._config.price else None
+
+    async def _pass_gate(self) -> None:
+        while (left := self._gate - time.monotonic()) > 0:
+            await asyncio.sleep(left)
+
+    def _learn(self, error: TeacherError) -> None:
+        """A 429 closes the gate for everybody, for as long as the endpoint asks or twice as long as the last time."""
+        if isinstance(error, RateLimited):
+            wait_s = error.retry_after_s if error.retry_after_s is not None else min(30.0, 0.5 * 2**self._limited)
+            self._limited = min(self._limited + 1, 6)
+            self._gate = max(self._gate, time.monotonic() + wait_s)
+
+    def _count_missing_logprobs(self, request: Request, completions: list[Completion]) -> None:
+        if request.body.get("logprobs") and any(c.text and not c.logprobs for c in completions):
+            self.missing_logprobs += 1
+            if self.missing_logprobs == 1:
+                say(f"{request.model} was asked for logprobs and gave none; the text is kept, soft labels will lack")
+
+
+class _Batch:
+    """The shared state of the workers on one list of requests."""
+
+    def __init__(self, todo: Sequence[Request]) -> None:
+        self._todo = iter(todo)
+        self.queue: asyncio.Queue[list[Completion]] = asyncio.Queue()
+        self.stopped = False
+        self.error: BaseException | None = None
+        self.failed = 0
+        self.in_a_row = 0
+        self.last_failure = ""
+
+    def __iter__(self) -> Iterator[Request]:
+        while not self.stopped:
+            try:
+                yield next(self._todo)
+            except StopIteration:
+                return
+
+    def fail(self, error: TeacherError) -> None:
+        self.failed += 1
+        self.in_a_row += 1
+        self.last_failure = str(error)
+        if self.in_a_row >= FAILURES_TO_STOP:
+            self.stop(TeacherUnreachable(f"{self.in_a_row} requests in a row failed, the last with: {error}"))
+
+    def stop(self, error: BaseException) -> None:
+        """Admit nothing more; the first error is the one that counts."""
+        self.stopped = True
+        self.error = self.error or error
+
+    async def results(self, workers: Sequence[asyncio.Task[None]]) -> AsyncIterator[list[Completion]]:
+        """What arrives, until all workers are done."""
+        ended = asyncio.gather(*workers, return_exceptions=True)
+        while not (ended.done() and self.queue.empty()):
+            getter = asyncio.ensure_future(self.queue.get())
+            try:
+                await asyncio.wait({getter, ended}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                if not getter.done():
+                    getter.cancel()
+            if getter.done() and not getter.cancelled():
+                yield getter.result()

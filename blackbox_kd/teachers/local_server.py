@@ -1,0 +1,38 @@
+"""The server process of provider `local`: `python -m blackbox_kd.teachers.local_server '{"gguf": ...}'`.
+
+A process of its own, because an abort in C++ takes its process along. It prints one JSON line once it is healthy
+and ends when its standard input closes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+import httpx
+import xllamacpp
+
+
+def main(options: dict[str, object]) -> None:
+    """Serve until standard input closes."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(options["gguf"])
+    params.model_alias = {str(options["alias"])}
+    params.hostnames = [str(options["host"])]
+    params.port = int(str(options["port"]))
+    params.n_parallel = int(str(options["slots"]))
+    params.n_ctx = params.n_parallel * int(str(options["context_length"]))
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(str(options["threads"]))
+    server = xllamacpp.Server(params)
+    url = str(server.listening_address).rstrip("/")
+    while httpx.get(f"{url}/health", timeout=30, trust_env=False).status_code != 200:
+        time.sleep(0.1)
+    print(json.dumps({"url": url}), flush=True)
+    sys.stdin.buffer.read()
+    os._exit(0)  # the server's threads would keep the process alive
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

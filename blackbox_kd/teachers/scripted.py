@@ -1,0 +1,70 @@
+"""Provider `scripted`: a deterministic teacher in this process, for tests and dry runs. It never leaves the machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Literal
+
+import jinja2
+
+from blackbox_kd.teachers.base import TeacherConfig, Transport
+
+Script = Callable[[dict[str, Any]], str]
+"""Body of a question -> text of the answer; it may raise a TeacherError."""
+
+
+class ScriptedTeacherConfig(TeacherConfig):
+    """Answers by a template."""
+
+    provider: Literal["scripted"] = "scripted"
+    model: str = "scripted"
+    reply: str = "You said: {{ text }}"
+    """Jinja text; {{ text }} is the last message, {{ messages }} all of them."""
+
+    def connect(self) -> AbstractAsyncContextManager[Transport]:
+        """Answers from the template."""
+        template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(self.reply)
+        return scripted(lambda body: template.render(text=body["messages"][-1]["content"], messages=body["messages"]))
+
+
+@asynccontextmanager
+async def scripted(script: Script) -> AsyncIterator[Transport]:
+    """A transport that answers by a function."""
+    yield ScriptedTransport(script)
+
+
+class ScriptedTransport:
+    """Replies in the shape of the real wire, so that everything behind it is the real code."""
+
+    def __init__(self, script: Script) -> None:
+        self._script = script
+        self.bodies: list[dict[str, Any]] = []
+
+    async def send(self, body: dict[str, Any]) -> bytes:
+        """A chat completion whose tokens are its words, with made-up but repeatable logprobs."""
+        self.bodies.append(body)
+        text = self._script(body)
+        words = [word if i == 0 else f" {word}" for i, word in enumerate(text.split(" "))]
+        choice: dict[str, Any] = {
+            "index": 0,
+            "message": {"role": "assistant", "content": text},
+            "finish_reason": "stop",
+        }
+        if body.get("logprobs"):
+            choice["logprobs"] = {"content": [_token(word) for word in words]}
+        prompt_tokens = sum(len(message["content"].split()) for message in body["messages"])
+        reply = {
+            "model": body["model"],
+            "choices": [choice],
+            "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": len(words)},
+        }
+        return json.dumps(reply).encode()
+
+
+def _token(word: str) -> dict[str, Any]:
+    logprob = -(1 + hashlib.sha256(word.encode()).digest()[0]) / 256
+    shown = {"token": word, "logprob": logprob, "bytes": list(word.encode())}
+    return {**shown, "top_logprobs": [shown]}

@@ -1,0 +1,66 @@
+"""The teacher as stages and algorithms see it: it turns prompts into requests and requests into completions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+
+from blackbox_kd.corpus import Corpus
+from blackbox_kd.prompts import PrivateContext
+from blackbox_kd.teachers.base import TeacherConfig
+from blackbox_kd.teachers.engine import Engine
+from blackbox_kd.teachers.wire import chat_body
+from blackbox_kd.types import Completion, Message, Prompt, Purpose, Request, SamplingParams, scorer
+
+
+class Teacher:
+    """One endpoint with its private prompt; an async context manager (a local server ends with it)."""
+
+    def __init__(self, config: TeacherConfig, corpus: Corpus, run_id: str) -> None:
+        config.check()
+        self.config = config
+        self.context = PrivateContext(config.prompt.template, config.prompt.examples)
+        self.engine = Engine(config, corpus, run_id)
+
+    async def __aenter__(self) -> Teacher:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.engine.__aexit__(*exc)
+
+    @property
+    def scorer(self) -> str:
+        """Name under which its logprobs and feedback are stored."""
+        return scorer(self.config.model, self.context.context_hash)
+
+    def request(
+        self,
+        prompt: Prompt,
+        purpose: Purpose,
+        sampling: SamplingParams,
+        *,
+        sample_idx: int = 0,
+        messages: list[Message] | None = None,
+        context: PrivateContext | None = None,
+        completion_id: str | None = None,
+    ) -> Request:
+        """A question about a prompt.
+
+        `messages` replaces the prompt's own (a rewrite shows a draft), `context` the teacher's private part;
+        `completion_id` names the student's text that it is about. At temperature 0 there is only draw 0.
+        """
+        context = context or self.context
+        sample_idx = sample_idx if sampling.temperature > 0 else 0
+        return Request(
+            purpose=purpose,
+            prompt_id=prompt.prompt_id,
+            body=chat_body(self.config, context.wrap(messages or prompt.messages), sampling, sample_idx),
+            sample_idx=sample_idx,
+            context_hash=context.context_hash,
+            completion_id=completion_id,
+        )
+
+    def complete(
+        self, requests: Sequence[Request], *, round_: int = 0, description: str = "asking the teacher"
+    ) -> AsyncIterator[Completion]:
+        """See `Engine.complete`."""
+        return self.engine.complete(requests, round_=round_, description=description)

@@ -1,0 +1,78 @@
+"""The hot path to any OpenAI-compatible endpoint: aiohttp, one POST per question (facts: 5-15x less CPU than the SDK)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import httpx
+import msgspec
+
+from blackbox_kd.errors import TeacherRefused, TeacherUnreachable, TransientError
+from blackbox_kd.teachers.wire import error_of
+
+
+class FastTransport:
+    """POST {base_url}/chat/completions."""
+
+    def __init__(self, session: aiohttp.ClientSession, base_url: str) -> None:
+        self._session = session
+        self._url = f"{base_url.rstrip('/')}/chat/completions"
+
+    async def send(self, body: dict[str, Any]) -> bytes:
+        """The body of a 200 reply; see `base.Transport`."""
+        try:
+            async with self._session.post(self._url, data=msgspec.json.encode(body)) as response:
+                data = await response.read()
+                if response.status != 200:
+                    raise error_of(response.status, data, {k.lower(): v for k, v in response.headers.items()})
+                return data
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+            raise TransientError(f"{type(error).__name__}: {error}".rstrip(": ")) from error
+
+
+@asynccontextmanager
+async def open_fast(
+    base_url: str, key: str | None, headers: Mapping[str, str], *, concurrency: int, timeout_s: float
+) -> AsyncIterator[FastTransport]:
+    """A transport over a pool as wide as the work; proxy and CA variables of the environment are honoured."""
+    await check_reachable(base_url, key, headers)
+    sent = {"content-type": "application/json", **headers} | ({"authorization": f"Bearer {key}"} if key else {})
+    async with aiohttp.ClientSession(
+        headers=sent,
+        connector=aiohttp.TCPConnector(limit=concurrency),
+        timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=30),
+        trust_env=True,
+    ) as session:
+        yield FastTransport(session, base_url)
+
+
+async def check_reachable(base_url: str, key: str | None, headers: Mapping[str, str]) -> None:
+    """Ask for the list of models, through the SDK, before anything is paid.
+
+    Raises:
+        TeacherRefused: the key is not accepted.
+        TeacherUnreachable: nobody answers at this address.
+    """
+    import openai  # half a second, and only needed once there is something to ask
+
+    async with (
+        httpx.AsyncClient(timeout=30) as http,
+        openai.AsyncOpenAI(
+            base_url=base_url, api_key=key or "none", default_headers=headers, max_retries=0, http_client=http
+        ) as client,
+    ):
+        try:
+            await client.models.list()
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise TeacherRefused(f"{base_url} does not accept the key: HTTP {error.status_code}") from error
+        except openai.APIStatusError:
+            return  # an endpoint without /models, or a busy one: somebody answers
+        except openai.APIConnectionError as error:
+            cause = error.__cause__ or error
+            raise TeacherUnreachable(f"no teacher answers at {base_url} ({cause}); check teacher.base_url") from error
+        except openai.OpenAIError:
+            return  # /models in a shape of its own
