@@ -97,6 +97,22 @@ class SftConfig(Section):
     """Goes to trl.SFTConfig untouched (learning_rate, num_train_epochs, per_device_train_batch_size, ...)."""
 
 
+class UpdateConfig(Section):
+    """The on-policy update: AdamW on the adapter, at a constant rate, its state handed from round to round."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    batch_size: int = Field(8, ge=1)
+    """Samples per optimiser step, over all ranks."""
+    micro_batch_size: int = Field(8, ge=1)
+    """Samples per forward pass; changes memory, never the gradient."""
+    num_epochs: int = Field(1, ge=1)
+    """Passes over a round's samples."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimiser steps of a round; overrides num_epochs."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+
+
 class EvaluateConfig(Section):
     """How checkpoints are compared."""
 

@@ -60,16 +60,16 @@ class LocalTeacherConfig(TeacherConfig):
             yield transport
 
 
-def server_command(config: LocalTeacherConfig, host: str = "127.0.0.1", port: int = 0) -> list[str]:
-    """The command line of the server process; port 0 takes a free one."""
+def server_command(config: LocalTeacherConfig, port: int) -> list[str]:
+    """The command line of the server process."""
     options = {"gguf": str(config.file()), "alias": config.model, "threads": config.threads,
-               "slots": config.concurrency, "context_length": config.context_length, "host": host, "port": port}  # fmt: skip
+               "slots": config.concurrency, "context_length": config.context_length, "port": port}  # fmt: skip
     return [sys.executable, "-m", "blackbox_kd.teachers.local_server", json.dumps(options)]
 
 
 @asynccontextmanager
-async def serve(config: LocalTeacherConfig) -> AsyncIterator[str]:
-    """A healthy server on a free loopback port; yields its base URL.
+async def serve(config: LocalTeacherConfig, *, port: int = 0) -> AsyncIterator[str]:
+    """A healthy server on a loopback port (0: a free one); yields its base URL.
 
     The server watches its standard input, which closes when this process ends, however it ends.
 
@@ -78,7 +78,7 @@ async def serve(config: LocalTeacherConfig) -> AsyncIterator[str]:
     """
     say(f"starting the local teacher {config.model} ({config.file().name}, {config.threads} thread)")
     process = await asyncio.create_subprocess_exec(
-        *server_command(config),
+        *server_command(config, port),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

@@ -20,7 +20,7 @@ def main(options: dict[str, object]) -> None:
     params = xllamacpp.CommonParams()
     params.model.path = str(options["gguf"])
     params.model_alias = {str(options["alias"])}
-    params.hostnames = [str(options["host"])]
+    params.hostnames = ["127.0.0.1"]
     params.port = int(str(options["port"]))
     params.n_parallel = int(str(options["slots"]))
     params.n_ctx = params.n_parallel * int(str(options["context_length"]))

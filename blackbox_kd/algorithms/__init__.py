@@ -1,0 +1,17 @@
+"""On-policy algorithms by name. A new one is a file with an `AlgorithmConfig` and one line here.
+
+From outside, name the class in the entry-point group `blackbox_kd.algorithms`.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+from blackbox_kd.algorithms.base import AlgorithmConfig
+from blackbox_kd.algorithms.relabel import RelabelConfig
+
+
+def algorithms() -> list[type[AlgorithmConfig]]:
+    """All algorithm configs, ours and those of installed packages."""
+    ours: list[type[AlgorithmConfig]] = [RelabelConfig]
+    return ours + [point.load() for point in entry_points(group="blackbox_kd.algorithms")]

@@ -1,0 +1,51 @@
+"""What an on-policy algorithm is: it turns rollouts into train samples, and knows nothing of the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from blackbox_kd.config import Section
+from blackbox_kd.student.render import IGNORE, Rendered, Renderer
+from blackbox_kd.teachers.teacher import Teacher
+from blackbox_kd.types import Feedback, Rollout, TrainSample
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What a round of feedback gave."""
+
+    feedback: list[Feedback]
+    """Rows for the corpus."""
+    samples: list[TrainSample]
+    asked: int
+    """Rollouts that feedback was asked for."""
+    failed: int
+    """Of those, how many got none that can be used; they are dropped, never scored as zero."""
+
+
+class Algorithm(Protocol):
+    """One round: rollouts in, train samples out."""
+
+    async def feedback(self, rollouts: Sequence[Rollout], round_: int) -> Outcome:
+        """Ask about the rollouts and make samples of the replies.
+
+        Raises:
+            TeacherError: the endpoint is gone or refuses.
+        """
+        ...
+
+
+class AlgorithmConfig(Section):
+    """An algorithm's part of the YAML; its defaults are the vetted setting."""
+
+    def build(self, teacher: Teacher, renderer: Renderer) -> Algorithm:
+        """The algorithm, its files read and checked."""
+        raise NotImplementedError
+
+
+def ce_sample(sample_id: str, rendered: Rendered) -> TrainSample:
+    """Learn the supervised tokens, each with weight 1."""
+    weights = [0.0 if label == IGNORE else 1.0 for label in rendered.labels]
+    return TrainSample(sample_id=sample_id, input_ids=rendered.input_ids, weights={"ce": weights})

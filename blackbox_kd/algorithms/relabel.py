@@ -1,0 +1,96 @@
+"""`relabel`: the teacher says what the student should have written, and the student learns that.
+
+What it is: DAgger (Ross et al. 2011) with whole answers as actions. `rewrite` corrects the student's own draft, so
+the target stays near what the student writes; `afresh` is the teacher's own answer to the prompts where the student
+is least sure, and is on-policy only through that selection.
+Needs: chat. Costs: one call a rollout (`afresh`: `worst_fraction` of them). Loss: `ce` on the whole target.
+What it does not do: it does not tell the student which words of the draft were wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from blackbox_kd.algorithms.base import AlgorithmConfig, Outcome, ce_sample
+from blackbox_kd.judging import RewritePrompt, usable_text
+from blackbox_kd.student.render import Renderer
+from blackbox_kd.teachers.teacher import Teacher
+from blackbox_kd.types import Completion, Feedback, Request, Rollout, SamplingParams, scorer
+
+
+class RelabelConfig(AlgorithmConfig):
+    """The teacher rewrites or answers afresh."""
+
+    name: Literal["relabel"] = "relabel"
+    mode: Literal["rewrite", "afresh"] = "rewrite"
+    template: str = "prompts/rewrite.md.j2"
+    """Jinja file of the question in mode rewrite; it may use {{ prompt }} and {{ draft }}."""
+    examples: str | None = None
+    """JSONL of example rewrites, in the shape that the template renders."""
+    worst_fraction: float = Field(0.5, gt=0, le=1)
+    """Mode afresh: the share of rollouts that is asked about, those with the lowest mean logprob. 1: all."""
+    temperature: float = Field(1.0, ge=0)
+    max_completion_length: int = Field(256, ge=1)
+    """Tokens."""
+
+    def build(self, teacher: Teacher, renderer: Renderer) -> Relabel:
+        """With its template and examples read."""
+        return Relabel(self, teacher, renderer)
+
+
+class Relabel:
+    """See the module."""
+
+    def __init__(self, config: RelabelConfig, teacher: Teacher, renderer: Renderer) -> None:
+        self._config, self._teacher, self._renderer = config, teacher, renderer
+        self._sampling = SamplingParams(
+            temperature=config.temperature, max_completion_length=config.max_completion_length
+        )
+        system = teacher.config.prompt.template
+        self._rewrite = RewritePrompt(system, config.template, config.examples, "onpolicy.algorithm")
+
+    async def feedback(self, rollouts: Sequence[Rollout], round_: int) -> Outcome:
+        """One target for each rollout that is asked about."""
+        asked = list(rollouts) if self._config.mode == "rewrite" else least_sure(rollouts, self._config.worst_fraction)
+        requests = [self._request(rollout, round_) for rollout in asked]
+        targets: dict[str, Completion] = {}
+        async for completion in self._teacher.complete(requests, round_=round_, description=self._config.mode):
+            targets.setdefault(completion.request_key, completion)
+        feedback, samples = [], []
+        for rollout, request in zip(asked, requests, strict=True):
+            target = targets.get(request.request_key)
+            text = usable_text(target)
+            if target is None or text is None:
+                continue
+            feedback.append(
+                Feedback(
+                    completion_id=rollout.completion.completion_id,
+                    kind=self._config.mode,
+                    scorer=scorer(request.model, request.context_hash),
+                    target_completion_id=target.completion_id,
+                )
+            )
+            rendered = self._renderer.join(rollout.prompt_ids, self._renderer.completion(text))
+            samples.append(ce_sample(target.completion_id, rendered))
+        return Outcome(feedback=feedback, samples=samples, asked=len(asked), failed=len(asked) - len(samples))
+
+    def _request(self, rollout: Rollout, round_: int) -> Request:
+        if self._config.mode == "afresh":  # a further draw of the teacher's own answer: sample_idx goes on by round
+            return self._teacher.request(rollout.prompt, "relabel", self._sampling, sample_idx=round_)
+        return self._teacher.request(
+            rollout.prompt,
+            "relabel",
+            self._sampling,
+            messages=self._rewrite.messages(rollout),
+            context=self._rewrite.context,
+            completion_id=rollout.completion.completion_id,
+        )
+
+
+def least_sure(rollouts: Sequence[Rollout], fraction: float) -> list[Rollout]:
+    """The share of rollouts with the lowest mean logprob a token, at least one of them."""
+    ranked = sorted(rollouts, key=lambda r: sum(r.logprobs) / max(1, len(r.logprobs)))
+    return ranked[: max(1, round(fraction * len(ranked)))]

@@ -1,0 +1,144 @@
+"""Stage `onpolicy`: the student writes, the teacher scores or relabels, the student is updated on its own samples.
+
+    blackbox-kd onpolicy --config quickstart --onpolicy.rounds 3
+
+Reads   train prompts, checkpoints/sft.    Writes   rollouts, feedback, metrics, checkpoints/round-N (adapter, optimiser).
+A round commits by renaming its checkpoint folder. A killed round is repeated with the same seeds: its rollouts are
+read back from the corpus, and what the teacher said already is not asked again.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from blackbox_kd.algorithms.base import Outcome, ce_sample
+from blackbox_kd.errors import ConfigError, TeacherError
+from blackbox_kd.hashing import file_hash, phase_seed
+from blackbox_kd.model_card import write_card
+from blackbox_kd.progress import say
+from blackbox_kd.project import Project, stage_main
+from blackbox_kd.rollout import roll_out
+from blackbox_kd.student.student import ADAPTER_FILE, Student
+from blackbox_kd.student.update import Updater
+from blackbox_kd.types import Prompt, TrainSample
+
+SETTINGS = ("seed", "student", "sft", "sample", "onpolicy")
+OPTIMIZER_FILE = "optimizer.pt"
+
+
+async def run(project: Project) -> dict[str, Any]:
+    """All rounds that are not done yet; metrics of each by name."""
+    config, run_dir, loop = project.config, project.run_dir, project.config.onpolicy
+    settings = config.sections(*SETTINGS)
+    settings["onpolicy"].pop("rounds")  # more rounds continue the same experiment
+    names = ["sft", *(f"round-{r}" for r in range(1, loop.rounds + 1))]
+    done = 1 + sum(run_dir.done(name, settings) for name in names[1:])
+    if not run_dir.checkpoint("sft").exists():
+        raise ConfigError(f"no {run_dir.checkpoint('sft')}: run `sft` first")
+    if done == len(names):
+        say(f"onpolicy: all {loop.rounds} rounds are there already")
+        return {"rounds": {}}
+    start = run_dir.checkpoint(names[done - 1])
+    student = Student(config.student, adapter=start)
+    state = start / OPTIMIZER_FILE
+    updater = Updater(student, loop.update, state if state.exists() else None)
+    algorithm = loop.algorithm.build(project.teacher, student.renderer)
+    rounds: dict[str, dict[str, float]] = {}
+    for round_ in range(done, loop.rounds + 1):
+        prompts = draw(project, round_)
+        rollouts = roll_out(
+            student,
+            prompts,
+            loop.sampling,
+            purpose="rollout",
+            round_=round_,
+            seed=phase_seed(config.seed, round_, "rollout"),
+            batch_size=loop.rollout_batch_size,
+            corpus=project.corpus,
+            run_id=project.run_id,
+        )
+        outcome = await algorithm.feedback(rollouts, round_)
+        project.corpus.add_feedback(outcome.feedback, round_=round_, run_id=project.run_id)
+        check(outcome, loop.max_failed_feedback)
+        replayed = replay(project, student, len(outcome.samples), round_)
+        steps = updater.run([*outcome.samples, *replayed], phase_seed(config.seed, round_, "update"))
+        metrics = {
+            "feedback": len(outcome.samples),
+            "feedback_failed": outcome.failed / max(1, outcome.asked),
+            "replayed": len(replayed),
+            "rollout_length": sum(len(r.completion_ids) for r in rollouts) / max(1, len(rollouts)),
+            "rollout_logprob": sum(map(sum, (r.logprobs for r in rollouts)))
+            / max(1, sum(len(r.logprobs) for r in rollouts)),
+        }
+        name = f"round-{round_}"
+        project.log("onpolicy", metric_rows(name, round_, metrics, steps))
+        with run_dir.committing(name, settings) as folder:
+            student.save(folder)
+            updater.save(folder / OPTIMIZER_FILE)
+            write_card(folder, project, name, f"on-policy `{loop.algorithm.name}`, round {round_}", config.student.model)
+        student.policy = file_hash(run_dir.checkpoint(name) / ADAPTER_FILE)
+        rounds[name] = {**metrics, "loss": steps[-1]["loss"]}
+        say(f"onpolicy: {name}: {len(rollouts)} rollouts, {len(outcome.samples)} targets, {len(replayed)} replayed, "
+            f"{len(steps)} steps, loss {steps[0]['loss']:.3f} -> {steps[-1]['loss']:.3f}")  # fmt: skip
+    return {"rounds": rounds}
+
+
+def draw(project: Project, round_: int) -> list[Prompt]:
+    """The prompts of a round: first those that `sample` did not use, in a seeded order, then the others, then again."""
+    sampled = {prompt.prompt_id for prompt in project.sampled_prompts}
+    rng = random.Random(phase_seed(project.config.seed, 0, "prompts"))
+    order = list(project.prompts["train"])
+    rng.shuffle(order)
+    order.sort(key=lambda prompt: prompt.prompt_id in sampled)
+    size = min(project.config.onpolicy.prompts_per_round, len(order))
+    return [order[i % len(order)] for i in range((round_ - 1) * size, round_ * size)]
+
+
+def check(outcome: Outcome, limit: float) -> None:
+    """Stop where too little of the feedback can be used.
+
+    Raises:
+        TeacherError: the share of failures is above the limit.
+    """
+    if outcome.failed > limit * outcome.asked:
+        raise TeacherError(
+            f"{outcome.failed} of {outcome.asked} replies could not be used (missing, empty or cut off), the limit is "
+            f"{limit:.0%}; look at `select text, finish_reason from completions`, or raise max_completion_length"
+        )
+
+
+def replay(project: Project, student: Student, targets: int, round_: int) -> list[TrainSample]:
+    """Teacher rows of the sequence-level stage, so many that they are the share `replay` of the update."""
+    share = project.config.onpolicy.replay
+    wanted = round(targets * share / (1 - share))
+    by_id = {prompt.prompt_id: prompt for prompt in project.sampled_prompts}
+    teacher = project.teacher
+    rows = project.corpus.teacher_rows(teacher.config.model, teacher.context.context_hash, list(by_id))
+    rng = random.Random(phase_seed(project.config.seed, round_, "replay"))
+    chosen = rng.sample(rows, min(wanted, len(rows)))
+    return [
+        ce_sample(completion_id, student.renderer.render(by_id[prompt_id].messages, text.strip()))
+        for prompt_id, completion_id, text in chosen
+    ]
+
+
+def metric_rows(
+    name: str, round_: int, metrics: dict[str, float], steps: Sequence[dict[str, float]]
+) -> list[dict[str, Any]]:
+    """A round's metrics, and those of each optimiser step."""
+    rows = [{"name": key, "value": value} for key, value in metrics.items()]
+    for step, values in enumerate(steps, 1):
+        rows += [{"name": key, "value": value, "step": step} for key, value in values.items()]
+    return [{"checkpoint": name, "round": round_, **row} for row in rows]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command."""
+    return stage_main("onpolicy", __doc__, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""One project: its whole config, and what every stage starts from. The unions of teachers and algorithms meet here."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import ExitStack
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+from pydantic import Field
+
+from blackbox_kd.algorithms import algorithms
+from blackbox_kd.algorithms.base import AlgorithmConfig
+from blackbox_kd.config import (
+    EvaluateConfig,
+    PromptsConfig,
+    SampleConfig,
+    Section,
+    SftConfig,
+    StudentConfig,
+    UpdateConfig,
+    load_config,
+    walk,
+)
+from blackbox_kd.corpus import Corpus
+from blackbox_kd.errors import BlackboxKDError, ConfigError
+from blackbox_kd.progress import say
+from blackbox_kd.prompts import load_prompts
+from blackbox_kd.run_dir import RunDir
+from blackbox_kd.teachers import providers
+from blackbox_kd.teachers.base import TeacherConfig
+from blackbox_kd.teachers.teacher import Teacher
+from blackbox_kd.types import Prompt, SamplingParams, Split
+
+INTERRUPTED = 130
+
+if TYPE_CHECKING:
+    TeacherChoice = TeacherConfig
+    AlgorithmChoice = AlgorithmConfig
+else:  # a discriminated union is the registry: it validates, dispatches, and names what there is
+    TeacherChoice = Annotated[reduce(or_, providers()), Field(discriminator="provider")]
+    AlgorithmChoice = reduce(or_, algorithms())
+    if len(algorithms()) > 1:
+        AlgorithmChoice = Annotated[AlgorithmChoice, Field(discriminator="name")]
+
+
+class OnPolicyConfig(Section):
+    """The student writes, the teacher scores or relabels, the student is updated on its own samples."""
+
+    algorithm: AlgorithmChoice
+    """How the teacher teaches: see the table of algorithms."""
+    rounds: int = Field(2, ge=0)
+    """Times the loop goes round: rollout, feedback, update."""
+    prompts_per_round: int = Field(32, ge=1)
+    """Train prompts; those that `sample` did not use come first."""
+    temperature: float = Field(1.0, ge=0)
+    """Of the student's rollouts."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_completion_length: int = Field(256, ge=1)
+    """Tokens of a rollout."""
+    rollout_batch_size: int = Field(16, ge=1)
+    replay: float = Field(0.25, ge=0, lt=1)
+    """Share of teacher rows of the sequence-level stage in each update."""
+    max_failed_feedback: float = Field(0.2, ge=0, le=1)
+    """A round with a larger share of unusable feedback stops the run."""
+    update: UpdateConfig = UpdateConfig()
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """As the student takes them."""
+        return SamplingParams(
+            temperature=self.temperature, top_p=self.top_p, max_completion_length=self.max_completion_length
+        )
+
+
+class Config(Section):
+    """The whole YAML."""
+
+    seed: int = 42
+    """Of everything but the teacher's draws."""
+    run_dir: Path
+    """Checkpoints, metrics and the resolved config."""
+    corpus: Path | None = None
+    """The DuckDB file; null: <run_dir>/corpus.duckdb. Several runs may share one."""
+    prompts: PromptsConfig
+    teacher: TeacherChoice
+    sample: SampleConfig = SampleConfig()
+    student: StudentConfig
+    sft: SftConfig = SftConfig()
+    onpolicy: OnPolicyConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @property
+    def corpus_path(self) -> Path:
+        """Where the corpus is."""
+        return self.corpus or self.run_dir / "corpus.duckdb"
+
+    def sections(self, *names: str) -> dict[str, Any]:
+        """Sections as plain values: what a checkpoint depends on."""
+        dumped = self.model_dump(mode="json")
+        return {name: dumped[name] for name in names}
+
+
+class Project:
+    """Everything that a stage works with, opened once; use as a context manager."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Project:
+        config = self.config
+        self.prompts: dict[Split, list[Prompt]] = load_prompts(config.prompts)
+        config.teacher.check()
+        self.run_dir = self._stack.enter_context(RunDir(config.run_dir))
+        self.corpus = Corpus(config.corpus_path)
+        self.teacher = Teacher(config.teacher, self.corpus, self.run_dir.run_id)
+        resolved = config.model_dump(mode="json") | {"corpus": str(config.corpus_path)}
+        self.run_dir.save_config(resolved)
+        self.corpus.add_run(
+            self.run_id, config.run_dir, resolved, config.teacher.model, self.teacher.context.context_hash
+        )
+        self.corpus.add_prompts(prompt for prompts in self.prompts.values() for prompt in prompts)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._stack.close()
+
+    @property
+    def run_id(self) -> str:
+        """Kept over restarts."""
+        return self.run_dir.run_id
+
+    @property
+    def sampled_prompts(self) -> list[Prompt]:
+        """Train prompts of the sequence-level stage."""
+        return self.prompts["train"][: self.config.sample.max_prompts]
+
+    def log(self, stage: str, rows: list[dict[str, Any]]) -> None:
+        """Metrics to metrics.jsonl and to the corpus; a row names at least `name` and `value`."""
+        defaults = {"run_id": self.run_id, "stage": stage, "checkpoint": "", "round": 0, "step": 0, "split": "train",
+                    "set_id": "", "lo": None, "hi": None}  # fmt: skip
+        full = [{**defaults, **row} for row in rows]
+        self.run_dir.log(full)
+        self.corpus.log_metrics(full)
+
+
+Stage = Callable[[Project], Coroutine[Any, Any, dict[str, Any]]]
+"""An async function of an open project; what it returns is printed by `--json`."""
+
+
+def parser(command: str, doc: str) -> argparse.ArgumentParser:
+    """Flags that every command has; the config's own keys are read as dotted overrides."""
+    made = argparse.ArgumentParser(
+        prog=f"blackbox-kd {command}",
+        description=doc.strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="Any key of the config is a flag:\n\n" + "\n".join(f"  --{key}\n        {text}" for key, text in walk(Config)),
+    )
+    made.add_argument("--config", required=True, help="a shipped config (quickstart) or a YAML file")
+    made.add_argument("--json", action="store_true", help="print the final summary as one JSON object on stdout")
+    made.add_argument("--debug", action="store_true", help="show tracebacks")
+    return made
+
+
+def overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """`--a.b value` and `--a.b=value` as pairs.
+
+    Raises:
+        ConfigError: something that is no flag, or a flag without a value.
+    """
+    pairs, rest = [], list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise ConfigError(f"what is {flag!r}? flags are --section.key value")
+        key, equals, value = flag.removeprefix("--").partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"--{key} needs a value (and known flags without one are --json and --debug)")
+            value = rest.pop(0)
+        pairs.append((key, value))
+    return pairs
+
+
+def guarded(body: Callable[[], int], *, debug: bool) -> int:
+    """Run a command: our own errors are one line and an exit code."""
+    try:
+        return body()
+    except BlackboxKDError as error:
+        if debug:
+            raise
+        say(f"error: {error}")
+        return error.exit_code
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        say("interrupted; what was received is kept, the same command goes on from here")
+        return INTERRUPTED
+
+
+def stage_main(command: str, doc: str, stage: Stage, argv: Sequence[str] | None = None) -> int:
+    """Parse, open the project, run one stage, print; returns the exit code."""
+    flags, rest = parser(command, doc).parse_known_args(argv)
+
+    def body() -> int:
+        config = cast(Config, load_config(Config, flags.config, overrides(rest)))
+        with Project(config) as project:
+            result = asyncio.run(_closing(stage, project))
+        if flags.json:
+            print(json.dumps(result, ensure_ascii=False))
+        return 0
+
+    return guarded(body, debug=flags.debug)
+
+
+async def _closing(stage: Stage, project: Project) -> dict[str, Any]:
+    async with project.teacher:
+        return await stage(project)
+
+

@@ -1,0 +1,66 @@
+"""`run`: the main job in order. sample -> fixed set -> sft -> onpolicy -> evaluate.
+
+    blackbox-kd run --config quickstart
+
+Run again, it goes on where it stopped, and asks the teacher nothing that it has asked before.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from blackbox_kd import evaluate, onpolicy, sample, sft
+from blackbox_kd.progress import say
+from blackbox_kd.project import Project, stage_main
+from blackbox_kd.student.student import Student
+
+
+async def run(project: Project) -> dict[str, Any]:
+    """The summary of `evaluate`, which is also printed as a table."""
+    check(project)
+    engine = project.teacher.engine
+    await sample.run(project)
+    await evaluate.capture(project)
+    await sft.run(project)
+    await onpolicy.run(project)
+    summary = await evaluate.run(project)
+    show(project, summary)
+    if engine.asked == 0:
+        say("the teacher was asked nothing: every answer was in the corpus already")
+    return summary
+
+
+def check(project: Project) -> None:
+    """Everything that can be wrong with the student, before anything is paid."""
+    config = project.config
+    sft.trainer_config(config, project.run_dir.path / "trainer", has_dev=config.sft.dev_fraction > 0)
+    student = Student(config.student, seed=config.seed)
+    config.onpolicy.algorithm.build(project.teacher, student.renderer)
+
+
+def show(project: Project, summary: dict[str, Any]) -> None:
+    """The result on stdout."""
+    for split in ("heldout", "ood", "holdback"):
+        evaluate.table(summary, split, print)
+    spend = summary["spend"]
+    cost = "cost unknown (no price)" if spend["cost_usd"] is None else f"${spend['cost_usd']:.4f}"
+    directory, corpus = project.run_dir.path, project.corpus.path
+    print(f"""
+spent      {spend["calls"]} calls, {spend["prompt_tokens"]} prompt + {spend["completion_tokens"]} completion tokens, {cost}
+this time  {project.teacher.engine.asked} asked, {project.teacher.engine.cached} answered from the corpus
+run        {directory}  (config.yaml, metrics.jsonl, summary.json, checkpoints/)
+corpus     {corpus}
+next       blackbox-kd sql "select author, round, count(*) from completions group by all order by all"
+           blackbox-kd sql "select messages, rejected, chosen from pairs limit 5"
+           blackbox-kd status
+           blackbox-kd export-corpus --out {directory}/export""")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command."""
+    return stage_main("run", __doc__, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""The model that learns: a base with one LoRA adapter. It writes, scores tokens, and is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from blackbox_kd.config import StudentConfig
+from blackbox_kd.errors import ModelError
+from blackbox_kd.hashing import file_hash
+from blackbox_kd.progress import counting
+from blackbox_kd.student.load import end_ids, load_base
+from blackbox_kd.student.render import IGNORE, Rendered, Renderer
+from blackbox_kd.types import SamplingParams
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+BASE_POLICY = "base"
+"""`policy` of the student before any training."""
+
+
+class Student:
+    """`model` is a peft.PeftModel; `policy` the content hash of the adapter that it was loaded with."""
+
+    def __init__(self, config: StudentConfig, adapter: Path | None = None, *, seed: int = 0) -> None:
+        """Load the base and `adapter`, or a fresh LoRA (which changes nothing until it is trained).
+
+        Raises:
+            ModelError: base or adapter cannot be loaded, or LoRA does not fit the base.
+            AlignmentError: the chat template and the tokenizer do not agree, see `Renderer`.
+        """
+        self.config = config
+        base, tokenizer = load_base(config)
+        self.renderer = Renderer(tokenizer, end_ids(base, tokenizer))
+        self.tokenizer = tokenizer
+        try:
+            if adapter is None:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(seed)
+                    lora = peft.LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump())
+                    self.model = peft.get_peft_model(base, lora)
+            else:
+                self.model = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
+        except (ValueError, OSError, RuntimeError) as error:
+            raise ModelError(f"LoRA on {config.model!r}: {str(error).splitlines()[0]}") from error
+        self.model.eval()
+        self.policy = file_hash(adapter / ADAPTER_FILE) if adapter else BASE_POLICY
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def generate(
+        self, prompts_ids: Sequence[list[int]], sampling: SamplingParams, *, batch_size: int, seed: int, description: str
+    ) -> list[list[int]]:
+        """Completions in the student's tokens, one for each prompt; the end token stands where it was drawn.
+
+        Batches are left-padded and drawn in order under `seed`: the same call gives the same tokens.
+        """
+        completions: list[list[int]] = []
+        with counting(description, len(prompts_ids)) as progress, seeded(seed, self.device):
+            for start in range(0, len(prompts_ids), batch_size):
+                batch = prompts_ids[start : start + batch_size]
+                completions += self._generate_batch(batch, sampling)
+                progress.advance(len(batch))
+        return completions
+
+    def _generate_batch(self, prompts_ids: Sequence[list[int]], sampling: SamplingParams) -> list[list[int]]:
+        input_ids, mask = self.pad(prompts_ids, "left")
+        draws: dict[str, Any] = {"do_sample": False}
+        if sampling.temperature > 0:
+            draws = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        end = self.renderer.end_id
+        output = self.model.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            max_new_tokens=sampling.max_completion_length,
+            eos_token_id=end,
+            pad_token_id=end,  # cut off below by the first end token, so its value does not matter
+            **draws,
+        )
+        drawn: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
+        return [ids[: ids.index(end) + 1] if end in ids else ids for ids in drawn]
+
+    @torch.no_grad()
+    def logprobs(self, rows: Sequence[Rendered], *, batch_size: int) -> list[list[float]]:
+        """log p of each supervised token in nats (temperature 1, eval mode), one list for each row."""
+        self.model.eval()
+        found: list[list[float]] = []
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            input_ids, mask = self.pad([row.input_ids for row in batch], "right")
+            labels = pad_sequence([torch.tensor(row.labels) for row in batch], batch_first=True, padding_value=IGNORE)
+            logits_BTV = self.model(input_ids=input_ids, attention_mask=mask).logits[:, :-1]
+            targets_BT = labels[:, 1:].to(self.device)
+            for logits_TV, targets_T in zip(logits_BTV, targets_BT, strict=True):
+                kept = targets_T != IGNORE
+                logprobs_SV = logits_TV[kept].float().log_softmax(-1)
+                found.append(logprobs_SV.gather(1, targets_T[kept].unsqueeze(1)).squeeze(1).tolist())
+        return found
+
+    def pad(self, rows: Sequence[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T) ids and mask. Padding is told by the mask alone: the pad id may well be the end token."""
+        tensors = [torch.tensor(row) for row in rows]
+        ids = pad_sequence(tensors, batch_first=True, padding_value=self.renderer.end_id, padding_side=side)
+        mask = pad_sequence([torch.ones_like(t) for t in tensors], batch_first=True, padding_side=side)
+        return ids.to(self.device), mask.to(self.device)
+
+    def save(self, path: Path) -> None:
+        """The adapter, as PEFT reads it."""
+        self.model.save_pretrained(path)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random draws under a seed, the state around it untouched."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
