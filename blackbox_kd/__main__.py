@@ -10,7 +10,10 @@ COMMANDS = {
     "run": ("run", "sample, sft, onpolicy and evaluate in order, resumable"),
     "sample": ("sample", "ask the teacher, keep everything"),
     "sft": ("sft", "sequence-level stage: a LoRA student on teacher text"),
-    "onpolicy": ("onpolicy", "the student writes, the teacher relabels, the student is updated on its own samples"),
+    "onpolicy": (
+        "onpolicy",
+        "the student writes, the teacher relabels, the student is updated on its own samples",
+    ),
     "evaluate": ("evaluate", "base, sft and each round on held-out, out-of-domain and hold-back prompts"),
     "sql": ("sql", 'ask the corpus: sql "select ..."'),
     "status": ("status", "what a run has done and spent"),

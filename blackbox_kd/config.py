@@ -30,7 +30,7 @@ class Section(BaseModel):
 class PromptsConfig(Section):
     """The conversations to answer: only what the student sees."""
 
-    path: str = "data/triage"
+    path: str
     """A folder with train.jsonl, heldout.jsonl, ood.jsonl and holdback.jsonl, or one .jsonl with a `split` key."""
     limits: dict[Split, int] = {}
     """The first so many prompts of a split; a split that is not named is taken whole."""
@@ -177,7 +177,7 @@ def load_config(model: type[ConfigT], name: str, overrides: Sequence[tuple[str, 
     """
     path = config_path(name)
     try:
-        data = yaml.load(path.read_text("utf-8"), _Loader) or {}  # noqa: S506  (a SafeLoader)
+        data = yaml.load(path.read_text("utf-8"), _Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
@@ -210,7 +210,7 @@ def _explain(model: type[BaseModel], error: ErrorDetails) -> str:
     loc = [str(part) for part in error["loc"] if str(part) not in tags or part == error["loc"][-1]]
     where = ".".join(loc)
     if error["type"] == "extra_forbidden":
-        known = [key for key, _ in walk(model)] + [key for key in model.model_fields]
+        known = [key for key, _ in walk(model)] + list(model.model_fields)
         leaf = {key for key in known if key.rpartition(".")[0] == ".".join(loc[:-1])}
         close = difflib.get_close_matches(where, leaf, n=1, cutoff=0.5) or difflib.get_close_matches(
             where, known, n=1, cutoff=0.5

@@ -2,8 +2,9 @@
 
     blackbox-kd evaluate --config quickstart --json
 
-Reads   heldout, ood and holdback prompts, checkpoints/*.    Writes   the fixed set, the student's answers, metrics, summary.json.
-`teacher_nll`: nats per token of the teacher's own temperature-1 answers under the student (a lower is better).
+Reads   heldout, ood and holdback prompts, checkpoints/*.
+Writes  the fixed set, the student's answers, metrics, summary.json.
+`teacher_nll`: nats per token of the teacher's own temperature-1 answers under the student (lower is better).
 `chrf`, `exact`: the student's greedy answer against the teacher's greedy answer (on holdback: against the base
 model's). `length`: tokens of the student's greedy answer. All with a bootstrap 95% interval over prompts.
 """
@@ -70,7 +71,9 @@ async def capture(project: Project) -> FixedSet:
         if one and two and usable_text(one) and usable_text(two):
             answers.append(FixedAnswer(prompt, one, two))
     if len(answers) < len(prompts):
-        say(f"fixed set: {len(prompts) - len(answers)} of {len(prompts)} prompts without two whole answers are left out")
+        say(
+            f"fixed set: {len(prompts) - len(answers)} of {len(prompts)} prompts without two whole answers are left out"
+        )
     ids = sorted(c.completion_id for a in answers for c in (a.greedy, a.sampled))
     return FixedSet(content_id(ids), answers)
 
@@ -84,10 +87,8 @@ async def run(project: Project) -> dict[str, Any]:
         for split, metrics in _evaluate(project, name, fixed, reference).items():
             shown = {key: msgspec.to_builtins(value) for key, value in metrics.items()}
             checkpoints.append({"name": name, "split": split, "metrics": shown})
-            project.log("evaluate", [
-                {"checkpoint": name, "round": max(0, round_of(name)), "split": split, "name": key, "set_id": fixed.set_id,
-                 **values} for key, values in shown.items()
-            ])  # fmt: skip
+            where = {"checkpoint": name, "round": max(0, round_of(name)), "split": split, "set_id": fixed.set_id}
+            project.log("evaluate", [{**where, "name": key, **values} for key, values in shown.items()])
     summary = {
         "checkpoints": checkpoints,
         "spend": project.corpus.spend(project.run_id),
@@ -155,9 +156,7 @@ def chrf(hypothesis: str, reference: str) -> float:
     return float(sacrebleu.sentence_chrf(hypothesis, [reference]).score)
 
 
-def interval(
-    sums: Sequence[float], samples: int, *, weights: Sequence[float] | None = None, seed: int = 0
-) -> Interval:
+def interval(sums: Sequence[float], samples: int, *, weights: Sequence[float] | None = None, seed: int = 0) -> Interval:
     """sum(sums) / sum(weights) with its percentile-bootstrap 95% interval over rows (Efron 1979).
 
     Without weights it is the mean. The same rows give the same interval.

@@ -2,9 +2,10 @@
 
     blackbox-kd export-corpus --out export
 
-    sft.parquet, sft.jsonl                 {"messages": [...]}: the view `sft` with the answer as the last turn (TRL, datasets)
-    preference.parquet, preference.jsonl   {"prompt", "chosen", "rejected"}: the student's text beside the teacher's (TRL DPO)
-    tables/*.parquet                       every table of the corpus, as it is
+It writes
+    sft.parquet, .jsonl          {"messages": [...]}: the view `sft` with the answer as the last turn
+    preference.parquet, .jsonl   {"prompt", "chosen", "rejected"}: the student's text beside the teacher's
+    tables/*.parquet             every table of the corpus, as it is
 """
 
 from __future__ import annotations
@@ -41,14 +42,18 @@ def run(corpus: Path, out: Path) -> dict[str, int]:
                 written[target.name] = rows
     _, tables = query(corpus, "SELECT table_name FROM duckdb_tables() ORDER BY ALL")
     for (table,) in tables:
-        written[f"tables/{table}.parquet"] = export(corpus, f"SELECT * FROM {table}", out / "tables" / f"{table}.parquet")
+        written[f"tables/{table}.parquet"] = export(
+            corpus, f"SELECT * FROM {table}", out / "tables" / f"{table}.parquet"
+        )
     return written
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(
-        prog="blackbox-kd export-corpus", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="blackbox-kd export-corpus",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     add_corpus_flag(parser)

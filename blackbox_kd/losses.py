@@ -23,8 +23,15 @@ class Component(Protocol):
     """A loss that `student.update` can sum up."""
 
     def __call__(
-        self, logits_BTV: torch.Tensor, targets_BT: torch.Tensor, weights_BT: torch.Tensor, *, normalizer: float
-    ) -> LossOut: ...
+        self,
+        logits_BTV: torch.Tensor,
+        targets_BT: torch.Tensor,
+        weights_BT: torch.Tensor,
+        *,
+        normalizer: float,
+    ) -> LossOut:
+        """`logits_BTV[b, t]` predicts `targets_BT[b, t]`; the sum over `weights_BT` is divided by `normalizer`."""
+        ...
 
 
 def cross_entropy(

@@ -20,7 +20,8 @@ CARD = jinja2.Template(
 A LoRA adapter for `{{ base }}`, distilled from the answers of `{{ teacher }}` with blackbox_kd: {{ how }}.
 
 - teacher: `{{ teacher }}` ({{ provider }}), private prompt {{ context_hash }}
-- teacher calls so far: {{ spend.calls }}, {{ spend.prompt_tokens }} prompt and {{ spend.completion_tokens }} completion tokens
+- teacher calls so far: {{ spend.calls }}
+- teacher tokens so far: {{ spend.prompt_tokens }} prompt, {{ spend.completion_tokens }} completion
 - run: {{ run_id }}, seed {{ seed }}
 
 ## Use

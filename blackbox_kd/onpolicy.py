@@ -2,7 +2,8 @@
 
     blackbox-kd onpolicy --config quickstart --onpolicy.rounds 3
 
-Reads   train prompts, checkpoints/sft.    Writes   rollouts, feedback, metrics, checkpoints/round-N (adapter, optimiser).
+Reads   train prompts, checkpoints/sft.
+Writes  rollouts, feedback, metrics, checkpoints/round-N (adapter, optimiser state).
 A round commits by renaming its checkpoint folder. A killed round is repeated with the same seeds: its rollouts are
 read back from the corpus, and what the teacher said already is not asked again.
 """
@@ -78,7 +79,13 @@ async def run(project: Project) -> dict[str, Any]:
         with run_dir.committing(name, settings) as folder:
             student.save(folder)
             updater.save(folder / OPTIMIZER_FILE)
-            write_card(folder, project, name, f"on-policy `{loop.algorithm.name}`, round {round_}", config.student.model)
+            write_card(
+                folder,
+                project,
+                name,
+                f"on-policy `{loop.algorithm.name}`, round {round_}",
+                config.student.model,
+            )
         student.policy = file_hash(run_dir.checkpoint(name) / ADAPTER_FILE)
         rounds[name] = {**metrics, "loss": steps[-1]["loss"]}
         say(f"onpolicy: {name}: {len(rollouts)} rollouts, {len(outcome.samples)} targets, {len(replayed)} replayed, "

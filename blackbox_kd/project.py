@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sys
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from functools import reduce
 from operator import or_
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -163,7 +162,8 @@ def parser(command: str, doc: str) -> argparse.ArgumentParser:
         description=doc.strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        epilog="Any key of the config is a flag:\n\n" + "\n".join(f"  --{key}\n        {text}" for key, text in walk(Config)),
+        epilog="Any key of the config is a flag:\n\n"
+        + "\n".join(f"  --{key}\n        {text}" for key, text in walk(Config)),
     )
     made.add_argument("--config", required=True, help="a shipped config (quickstart) or a YAML file")
     made.add_argument("--json", action="store_true", help="print the final summary as one JSON object on stdout")
@@ -210,7 +210,7 @@ def stage_main(command: str, doc: str, stage: Stage, argv: Sequence[str] | None 
     flags, rest = parser(command, doc).parse_known_args(argv)
 
     def body() -> int:
-        config = cast(Config, load_config(Config, flags.config, overrides(rest)))
+        config = load_config(Config, flags.config, overrides(rest))
         with Project(config) as project:
             result = asyncio.run(_closing(stage, project))
         if flags.json:
@@ -223,5 +223,3 @@ def stage_main(command: str, doc: str, stage: Stage, argv: Sequence[str] | None 
 async def _closing(stage: Stage, project: Project) -> dict[str, Any]:
     async with project.teacher:
         return await stage(project)
-
-

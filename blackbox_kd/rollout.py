@@ -8,7 +8,17 @@ from blackbox_kd.corpus import Corpus
 from blackbox_kd.errors import AlignmentError
 from blackbox_kd.progress import say
 from blackbox_kd.student.student import Student
-from blackbox_kd.types import Completion, Prompt, Purpose, Request, Rollout, SamplingParams, TokenLogprob, Usage, scorer
+from blackbox_kd.types import (
+    Completion,
+    Prompt,
+    Purpose,
+    Request,
+    Rollout,
+    SamplingParams,
+    TokenLogprob,
+    Usage,
+    scorer,
+)
 
 
 def roll_out(

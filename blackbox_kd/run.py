@@ -45,9 +45,10 @@ def show(project: Project, summary: dict[str, Any]) -> None:
         evaluate.table(summary, split, print)
     spend = summary["spend"]
     cost = "cost unknown (no price)" if spend["cost_usd"] is None else f"${spend['cost_usd']:.4f}"
+    tokens = f"{spend['prompt_tokens']} prompt + {spend['completion_tokens']} completion tokens"
     directory, corpus = project.run_dir.path, project.corpus.path
     print(f"""
-spent      {spend["calls"]} calls, {spend["prompt_tokens"]} prompt + {spend["completion_tokens"]} completion tokens, {cost}
+spent      {spend["calls"]} calls, {tokens}, {cost}
 this time  {project.teacher.engine.asked} asked, {project.teacher.engine.cached} answered from the corpus
 run        {directory}  (config.yaml, metrics.jsonl, summary.json, checkpoints/)
 corpus     {corpus}

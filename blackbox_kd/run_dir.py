@@ -1,10 +1,10 @@
 """The run directory: who the run is, its config, its metrics and its checkpoints. A checkpoint commits by rename.
 
-    runs/x/run.json             run_id, kept over restarts
-    runs/x/config.yaml          the resolved config; `--config runs/x/config.yaml` repeats the run
-    runs/x/metrics.jsonl        one metric a line, as in the corpus table `metrics`
-    runs/x/checkpoints/sft/     a PEFT adapter with its model card; round-1/, round-2/, ...
-    runs/x/summary.json         what `evaluate` found and what was spent
+runs/x/run.json             run_id, kept over restarts
+runs/x/config.yaml          the resolved config; `--config runs/x/config.yaml` repeats the run
+runs/x/metrics.jsonl        one metric a line, as in the corpus table `metrics`
+runs/x/checkpoints/sft/     a PEFT adapter with its model card; round-1/, round-2/, ...
+runs/x/summary.json         what `evaluate` found and what was spent
 """
 
 from __future__ import annotations

@@ -34,7 +34,11 @@ async def run(project: Project) -> dict[str, Any]:
         finished[completion.finish_reason] = finished.get(completion.finish_reason, 0) + 1
     shown = ", ".join(f"{count} {reason}" for reason, count in sorted(finished.items()))
     say(f"sample: {sum(finished.values())} answers to {len(wanted)} questions ({shown or 'none'})")
-    return {"answers": sum(finished.values()), "finish_reason": finished, "spend": project.corpus.spend(project.run_id)}
+    return {
+        "answers": sum(finished.values()),
+        "finish_reason": finished,
+        "spend": project.corpus.spend(project.run_id),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:

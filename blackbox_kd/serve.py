@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from typing import cast
 
 from blackbox_kd.config import load_config
 from blackbox_kd.errors import ConfigError
@@ -31,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     flags, rest = made.parse_known_args(argv)
 
     def body() -> int:
-        config = cast(Config, load_config(Config, flags.config, overrides(rest)))
+        config = load_config(Config, flags.config, overrides(rest))
         if not isinstance(config.teacher, LocalTeacherConfig):
             raise ConfigError("serve-teacher needs teacher.provider local")
         config.teacher.check()

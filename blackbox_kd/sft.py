@@ -19,14 +19,14 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each train
 
 import datasets
 import torch
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
 from blackbox_kd.errors import AlignmentError, ConfigError, TrainingError
 from blackbox_kd.model_card import write_card
-from blackbox_kd.progress import say
+from blackbox_kd.progress import Counter, counting, say
 from blackbox_kd.project import Config, Project, stage_main
 from blackbox_kd.student.load import pick_device
 from blackbox_kd.student.render import Rendered
@@ -51,7 +51,9 @@ async def run(project: Project) -> dict[str, Any]:
     say(f"sft: {len(train_rows)} train and {len(dev_rows)} dev rows")
     work = run_dir.path / "trainer"
     trainer = build_trainer(student, config, train_rows, dev_rows, work)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.exists() else None)
+    with counting("sft", trainer_steps(trainer)) as progress:
+        trainer.add_callback(_Progress(progress))
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.exists() else None)
     history = metric_rows(trainer.state.log_history)
     project.log("sft", history)
     with run_dir.committing("sft", settings) as folder:
@@ -73,7 +75,8 @@ def training_rows(project: Project) -> list[tuple[Prompt, str]]:
     rows = project.corpus.teacher_rows(teacher.config.model, teacher.context.context_hash, list(by_id))
     if not rows:
         raise TrainingError(
-            f"no answers of {teacher.config.model} with this private prompt in {project.corpus.path}: run `sample` first"
+            f"no answers of {teacher.config.model} with this private prompt in {project.corpus.path}: "
+            "run `sample` first"
         )
     return [(by_id[prompt_id], text.strip()) for prompt_id, _, text in rows]
 
@@ -112,11 +115,18 @@ def trainer_config(config: Config, work: Path, *, has_dev: bool) -> TrlConfig:
         "logging_steps": 5,
         "save_strategy": "epoch",
         "save_total_limit": 2,
+        "disable_tqdm": True,
     }
     if on_cpu:
-        defaults |= {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "dataloader_pin_memory": False}
+        defaults |= {"bf16": False, "use_cpu": True, "dataloader_pin_memory": False}
+    if "gradient_checkpointing" not in config.sft.trainer:
+        defaults["activation_checkpointing"] = not on_cpu
     if has_dev:
-        defaults |= {"eval_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+        defaults |= {
+            "eval_strategy": "epoch",
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+        }
     try:
         return TrlConfig(**{**defaults, **config.sft.trainer})
     except (TypeError, ValueError) as error:
@@ -131,6 +141,7 @@ def build_trainer(
     Raises:
         AlignmentError: TRL would train on other tokens or labels than those rendered here.
     """
+    datasets.disable_progress_bars()
     stopping = [EarlyStoppingCallback(config.sft.early_stopping_patience)] if dev else []
     trainer = SFTTrainer(
         model=student.model,
@@ -140,10 +151,38 @@ def build_trainer(
         processing_class=student.tokenizer,
         callbacks=stopping,
     )
+    for talkative in (PrinterCallback, ProgressCallback):  # they print to stdout, which is for results
+        trainer.remove_callback(talkative)
     for ours, theirs in zip(train, trainer.train_dataset, strict=True):
         if list(theirs["labels"]) != ours.labels or list(theirs["input_ids"]) != ours.input_ids:
             raise AlignmentError("TRL changed the tokens or labels of a training row; set sft.trainer back to defaults")
     return trainer
+
+
+def trainer_steps(trainer: SFTTrainer) -> int:
+    """Optimiser steps, unless it stops early."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    per_epoch = -(-len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps)
+    return int(per_epoch * args.num_train_epochs)
+
+
+class _Progress(TrainerCallback):  # type: ignore[misc]
+    """TRL's loop on our progress display."""
+
+    def __init__(self, progress: Counter) -> None:
+        self._progress, self._note = progress, ""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Remember the newest loss."""
+        for key, name in (("loss", "loss"), ("eval_loss", "dev NLL")):
+            if logs and key in logs:
+                self._note = f"{name} {float(logs[key]):.3f}"
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One more step."""
+        self._progress.advance(state.global_step - self._progress.done, note=self._note)
 
 
 def _dataset(rows: list[Rendered]) -> datasets.Dataset:
@@ -156,7 +195,11 @@ def metric_rows(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """TRL's log as metric rows: `loss` on train and `nll` on dev, in nats per supervised token."""
     rows = []
     for entry in history:
-        for key, split, name in (("loss", "train", "loss"), ("eval_loss", "dev", "nll"), ("grad_norm", "train", "grad_norm")):
+        for key, split, name in (
+            ("loss", "train", "loss"),
+            ("eval_loss", "dev", "nll"),
+            ("grad_norm", "train", "grad_norm"),
+        ):
             if key in entry and torch.isfinite(torch.tensor(float(entry[key]))):
                 rows.append({"checkpoint": "sft", "step": entry["step"], "split": split, "name": name,
                              "value": float(entry[key])})  # fmt: skip

@@ -27,8 +27,6 @@ WIRE_VERSION = 1
 """Part of every `request_key`; raised when the meaning of a stored body changes."""
 
 
-
-
 def scorer(model: str, context: str | None) -> str:
     """Who scored: a model under a private prompt (`context` = its hash), or a student under an adapter (its policy)."""
     return f"{model}@{context or 'bare'}"

@@ -40,6 +40,9 @@ class Algorithm(Protocol):
 class AlgorithmConfig(Section):
     """An algorithm's part of the YAML; its defaults are the vetted setting."""
 
+    name: str
+    """The one that `onpolicy.algorithm.name` chooses by; a Literal in each algorithm."""
+
     def build(self, teacher: Teacher, renderer: Renderer) -> Algorithm:
         """The algorithm, its files read and checked."""
         raise NotImplementedError

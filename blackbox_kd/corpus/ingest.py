@@ -38,9 +38,7 @@ def ingest(con: duckdb.DuckDBPyConnection, records: Iterable[Record], *, orphane
     attempts = [_attempt_row(r) for r in answered]
     if orphaned:
         settled = {r.attempt.attempt_id for r in answered}
-        attempts += [
-            _lost_row(r) for r in records if isinstance(r, Sent) and r.attempt_id not in settled
-        ]
+        attempts += [_lost_row(r) for r in records if isinstance(r, Sent) and r.attempt_id not in settled]
     con.execute("BEGIN")
     try:
         insert(con, "attempts", attempts)

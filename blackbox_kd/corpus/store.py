@@ -179,7 +179,8 @@ class Corpus:
     def counts(self) -> list[tuple[str, int]]:
         """(purpose, answers) of the whole corpus."""
         return self.rows(
-            "SELECT r.purpose, count(*) FROM completions c JOIN requests r USING (request_key) GROUP BY ALL ORDER BY ALL"
+            """SELECT r.purpose, count(*) FROM completions c JOIN requests r USING (request_key)
+               GROUP BY ALL ORDER BY ALL"""
         )
 
 
@@ -233,7 +234,8 @@ def _open(path: Path, *, read_only: bool, wait_s: float) -> duckdb.DuckDBPyConne
     except duckdb.Error as error:
         if _is_locked(error):
             raise CorpusError(
-                f"{path} is held open by another program ({_holder(str(error))}) for over {wait_s:.0f} s; close it there"
+                f"{path} is held open by another program ({_holder(str(error))}) for over {wait_s:.0f} s; "
+                "close it there"
             ) from error
         raise CorpusError(f"cannot open {path}: {' '.join(str(error).split())}") from error
 

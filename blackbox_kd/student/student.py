@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,13 +41,7 @@ class Student:
         self.renderer = Renderer(tokenizer, end_ids(base, tokenizer))
         self.tokenizer = tokenizer
         try:
-            if adapter is None:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed)
-                    lora = peft.LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump())
-                    self.model = peft.get_peft_model(base, lora)
-            else:
-                self.model = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
+            self.model = _with_lora(base, config, adapter, seed)
         except (ValueError, OSError, RuntimeError) as error:
             raise ModelError(f"LoRA on {config.model!r}: {str(error).splitlines()[0]}") from error
         self.model.eval()
@@ -59,7 +54,13 @@ class Student:
 
     @torch.no_grad()
     def generate(
-        self, prompts_ids: Sequence[list[int]], sampling: SamplingParams, *, batch_size: int, seed: int, description: str
+        self,
+        prompts_ids: Sequence[list[int]],
+        sampling: SamplingParams,
+        *,
+        batch_size: int,
+        seed: int,
+        description: str,
     ) -> list[list[int]]:
         """Completions in the student's tokens, one for each prompt; the end token stands where it was drawn.
 
@@ -77,7 +78,12 @@ class Student:
         input_ids, mask = self.pad(prompts_ids, "left")
         draws: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
-            draws = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+            draws = {
+                "do_sample": True,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": 0,
+            }
         end = self.renderer.end_id
         output = self.model.generate(
             input_ids=input_ids,
@@ -117,6 +123,17 @@ class Student:
     def save(self, path: Path) -> None:
         """The adapter, as PEFT reads it."""
         self.model.save_pretrained(path)
+
+
+def _with_lora(base: Any, config: StudentConfig, adapter: Path | None, seed: int) -> Any:
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.filterwarnings(
+            "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
+        )  # peft's, not ours
+        if adapter is not None:
+            return peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
+        torch.manual_seed(seed)
+        return peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump()))
 
 
 @contextmanager

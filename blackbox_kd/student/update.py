@@ -25,7 +25,8 @@ def batches(samples: Sequence[TrainSample], batch_size: int, max_steps: int, see
     The last, smaller batch of an epoch is kept: no row is dropped.
     """
     order = sorted(samples, key=lambda sample: sample.sample_id)
-    rng, steps = random.Random(seed), []
+    rng = random.Random(seed)
+    steps: list[list[TrainSample]] = []
     while len(steps) < max_steps:
         rng.shuffle(order)
         steps += [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -84,7 +85,9 @@ class Updater:
                 metrics[key] = metrics.get(key, 0.0) + value
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         if not math.isfinite(metrics["loss"]) or not math.isfinite(float(norm)):
-            raise TrainingError(f"loss {metrics['loss']} with gradient norm {float(norm)}: lower onpolicy.learning_rate")
+            raise TrainingError(
+                f"loss {metrics['loss']} with gradient norm {float(norm)}: lower onpolicy.learning_rate"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
         return metrics | {"grad_norm": float(norm)} | {f"{n}_tokens": float(normalizers[n]) for n in names}
@@ -94,7 +97,7 @@ class Updater:
         input_ids, mask = self.student.pad([s.input_ids for s in samples], "right")
         logits_BTV = self.model(input_ids=input_ids, attention_mask=mask).logits[:, :-1]
         total = logits_BTV.new_zeros((), dtype=torch.float32)
-        metrics = {}
+        metrics: dict[str, float] = {}
         for name, normalizer in normalizers.items():
             streams = [torch.tensor(s.weights.get(name, [0.0] * len(s.input_ids))) for s in samples]
             weights_BT = pad_sequence(streams, batch_first=True).to(device)[:, 1:]
@@ -115,6 +118,8 @@ def check(samples: Sequence[TrainSample]) -> None:
                     f"{sample.sample_id}: {len(weights)} {name} weights for {len(sample.input_ids)} tokens"
                 )
             if weights and weights[0] != 0:
-                raise AlignmentError(f"{sample.sample_id}: the first token has a {name} weight, but nothing predicts it")
+                raise AlignmentError(
+                    f"{sample.sample_id}: the first token has a {name} weight, but nothing predicts it"
+                )
     if not any(w != 0 for s in samples for stream in s.weights.values() for w in stream):
         raise TrainingError(f"{len(samples)} samples without one supervised token: this update would change nothing")

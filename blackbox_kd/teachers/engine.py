@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack
+from typing import Any
 
 import tenacity
 
@@ -139,7 +140,10 @@ class Engine:
             return max(backoff, getattr(error, "retry_after_s", None) or 0.0)
 
         retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type((TransientError, RateLimited)), stop=spent, wait=wait, reraise=True
+            retry=tenacity.retry_if_exception_type((TransientError, RateLimited)),
+            stop=spent,
+            wait=wait,
+            reraise=True,
         )
         return await retrying(self._attempt, request, writer, round_)
 
@@ -147,7 +151,11 @@ class Engine:
         """One HTTP call; its outcome is in the journal before it is anybody's."""
         await self._pass_gate()
         assert self._transport is not None
-        identity = {"attempt_id": str(uuid.uuid4()), "request_key": request.request_key, "run_id": self._run_id}
+        identity = {
+            "attempt_id": str(uuid.uuid4()),
+            "request_key": request.request_key,
+            "run_id": self._run_id,
+        }
         sent_at, clock = time.time(), time.monotonic()
         writer.submit(Sent(**identity, attempted_at=sent_at))
         completions: list[Completion] = []
@@ -181,7 +189,7 @@ class Engine:
         return self._config.price.cost(usage) if self._config.price else None
 
     async def _pass_gate(self) -> None:
-        while (left := self._gate - time.monotonic()) > 0:
+        while (left := self._gate - time.monotonic()) > 0:  # noqa: ASYNC110  (a time that moves, not an event)
             await asyncio.sleep(left)
 
     def _learn(self, error: TeacherError) -> None:
@@ -235,7 +243,8 @@ class _Batch:
         while not (ended.done() and self.queue.empty()):
             getter = asyncio.ensure_future(self.queue.get())
             try:
-                await asyncio.wait({getter, ended}, return_when=asyncio.FIRST_COMPLETED)
+                waited: set[asyncio.Future[Any]] = {getter, ended}
+                await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 if not getter.done():
                     getter.cancel()

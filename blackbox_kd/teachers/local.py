@@ -83,7 +83,8 @@ async def serve(config: LocalTeacherConfig, *, port: int = 0) -> AsyncIterator[s
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    assert process.stdin and process.stdout and process.stderr
+    assert process.stdout is not None
+    assert process.stderr is not None
     log = asyncio.create_task(_last_lines(process.stderr))
     try:
         line = await asyncio.wait_for(process.stdout.readline(), START_S)

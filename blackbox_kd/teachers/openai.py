@@ -6,7 +6,6 @@ import os
 from contextlib import AbstractAsyncContextManager
 from typing import Literal
 
-from blackbox_kd.config import Section
 from blackbox_kd.errors import ConfigError
 from blackbox_kd.teachers.base import TeacherConfig, Transport, api_key
 from blackbox_kd.teachers.transport import open_fast
@@ -43,5 +42,3 @@ class OpenAITeacherConfig(TeacherConfig):
             concurrency=self.concurrency,
             timeout_s=self.timeout_s,
         )
-
-

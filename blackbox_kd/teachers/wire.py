@@ -13,11 +13,18 @@ from blackbox_kd.errors import RateLimited, RequestRejected, TeacherError, Teach
 from blackbox_kd.teachers.base import TeacherConfig
 from blackbox_kd.types import Author, Completion, Message, Request, SamplingParams, TokenLogprob, Usage
 
-QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached", "insufficient_credits", "credit_balance_too_low")
+QUOTA_CODES = (
+    "insufficient_quota",
+    "billing_hard_limit_reached",
+    "insufficient_credits",
+    "credit_balance_too_low",
+)
 """429s (or 402s) that no waiting cures."""
 
 
-def chat_body(config: TeacherConfig, messages: list[Message], sampling: SamplingParams, sample_idx: int) -> dict[str, Any]:
+def chat_body(
+    config: TeacherConfig, messages: list[Message], sampling: SamplingParams, sample_idx: int
+) -> dict[str, Any]:
     """The JSON of one question."""
     body: dict[str, Any] = {
         "model": config.model,
