@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources, util
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 from pydantic_core import ErrorDetails
 
 from blackbox_kd.errors import ConfigError
@@ -32,7 +32,7 @@ class PromptsConfig(Section):
 
     path: str
     """A folder with train.jsonl, heldout.jsonl, ood.jsonl and holdback.jsonl, or one .jsonl with a `split` key."""
-    limits: dict[Split, int] = {}
+    limits: dict[Split, NonNegativeInt] = {}
     """The first so many prompts of a split; a split that is not named is taken whole."""
 
 
@@ -128,9 +128,14 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-4 as text; everybody who writes a learning rate means a number."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that the loader would read as a number."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 SHIPPED = Path(str(resources.files("blackbox_kd")))
 """Where configs/ is; data/ and prompts/ are in `shipped/` of a wheel and beside the package in a checkout."""
@@ -145,8 +150,11 @@ def find_file(name: str, what: str) -> Path:
         ConfigError: there is no such file or folder.
     """
     package, colon, inside = name.partition(":")
-    if colon and re.fullmatch(r"\w+(\.\w+)*", package) and len(package) > 1:
-        spec = util.find_spec(package)
+    if colon and re.fullmatch(r"\w+(\.\w+)*", package) and len(package) > 1 and not Path(name).exists():
+        try:
+            spec = util.find_spec(package)
+        except ModuleNotFoundError:  # the parent of a dotted name
+            spec = None
         if spec is None or not spec.submodule_search_locations:
             raise ConfigError(f"{what} {name!r}: Python package {package!r} is not installed")
         candidates = [Path(spec.submodule_search_locations[0]) / inside]
@@ -177,14 +185,26 @@ def load_config(model: type[ConfigT], name: str, overrides: Sequence[tuple[str, 
     """
     path = config_path(name)
     try:
-        data = yaml.load(path.read_text("utf-8"), _Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        data = _read_yaml(path.read_text("utf-8"), str(path)) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: the top level must be a mapping of sections, it is a {type(data).__name__}")
     for key, value in overrides:
-        _set(data, key.split("."), yaml.load(value, _Loader), key)
+        _set(data, key.split("."), _read_yaml(value, f"--{key}"), key)
     return validate(model, data, str(path))
+
+
+def dump_config(data: Mapping[str, Any]) -> str:
+    """YAML that `load_config` reads back as the same values."""
+    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(text: str, what: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{what}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def validate(model: type[ConfigT], data: Mapping[str, Any], source: str) -> ConfigT:
@@ -192,47 +212,71 @@ def validate(model: type[ConfigT], data: Mapping[str, Any], source: str) -> Conf
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        problems = [_explain(model, item) for item in error.errors()]
+        # An unknown key first: a misspelt one is often also the one that is missing.
+        found = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+        problems = [_explain(model, item) for item in found]
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ConfigError(f"{source}: {problems[0]}{more}") from error
 
 
 def _set(data: dict[str, Any], path: list[str], value: Any, key: str) -> None:
     for part in path[:-1]:
-        data = data.setdefault(part, {})
+        if data.get(part) is None:
+            data[part] = {}
+        data = data[part]
         if not isinstance(data, dict):
             raise ConfigError(f"--{key}: {part!r} is a value, not a section")
     data[path[-1]] = value
 
 
 def _explain(model: type[BaseModel], error: ErrorDetails) -> str:
-    tags = {tag for keys in _choices(model).values() for tag in keys}
-    loc = [str(part) for part in error["loc"] if str(part) not in tags or part == error["loc"][-1]]
-    where = ".".join(loc)
-    if error["type"] == "extra_forbidden":
-        known = [key for key, _ in walk(model)] + list(model.model_fields)
-        leaf = {key for key in known if key.rpartition(".")[0] == ".".join(loc[:-1])}
-        close = difflib.get_close_matches(where, leaf, n=1, cutoff=0.5) or difflib.get_close_matches(
-            where, known, n=1, cutoff=0.5
-        )
-        hint = f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(sorted(leaf))}"
-        return f"unknown key {where!r}{hint}"
+    section, keys, names = _locate(model, error["loc"])
+    where, kind, context = ".".join(keys), error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"unknown key {where!r}{_hint(model, section, keys)}"
+    if kind == "missing":
+        return f"{where}: this key is required"
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        tag = f"{context.get('tag')!r} is none of" if "tag" in context else "this key is required, one of"
+        return f"{where}.{str(context['discriminator']).strip(chr(39))}: {tag} {', '.join(names)}"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{where}: should be a section with keys of its own, it is {error['input']!r}"
     message = error["msg"].replace("Input should be", "should be").replace("Value error, ", "")
-    seen = "" if error["type"] in ("missing", "union_tag_invalid") else f", it is {error['input']!r}"
-    return f"{where}: {message[:1].lower()}{message[1:]}{seen}"
+    return f"{where}: {message[:1].lower()}{message[1:]}, it is {error['input']!r}"
 
 
-def _choices(model: type[BaseModel]) -> dict[str, list[str]]:
-    """Discriminated unions below a model: dotted key -> the names to choose from."""
-    found: dict[str, list[str]] = {}
-    for key, info in model.model_fields.items():
-        members = _members(info.annotation)
-        if info.discriminator:
-            tags = [str(m.model_fields[str(info.discriminator)].default) for m in members]
-            found[key] = tags
-        for member in members:
-            found |= {f"{key}.{inner}": tags for inner, tags in _choices(member).items()}
-    return found
+def _locate(model: type[BaseModel], loc: Sequence[int | str]) -> tuple[type[BaseModel], list[str], list[str]]:
+    """(section, keys, names) of pydantic's location: keys as the user wrote them, names of the union it ends in."""
+    section, keys, union = model, list[str](), dict[str, type[BaseModel]]()
+    inside: Any = model  # what the next part is looked up in
+    for part in map(str, loc):
+        if part in union:
+            inside = section = union[part]
+            union = {}
+        elif inside is section:
+            keys.append(part)
+            info = section.model_fields.get(part)
+            if info is None:
+                break
+            members = _members(info.annotation)
+            if info.discriminator:
+                union = {str(m.model_fields[str(info.discriminator)].default): m for m in members}
+            section = members[0] if members else section
+            inside = section if members else info.annotation
+        elif get_origin(inside) in (dict, list) and part != "[key]":  # not a type's name, as of `str | list[str]`
+            keys.append(part)
+    return section, keys, list(union)
+
+
+def _hint(model: type[BaseModel], section: type[BaseModel], keys: list[str]) -> str:
+    """What an unknown key may have meant: a key of its section, else one of another."""
+    parent = ".".join(keys[:-1])
+    if close := difflib.get_close_matches(keys[-1], section.model_fields, n=1):
+        return f"; did you mean {'.'.join([*keys[:-1], close[0]])!r}?"
+    elsewhere = [key for key, _ in walk(model) if key.rpartition(".")[2] == keys[-1]]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]!r}?"
+    return f"; known {f'in {parent}' if parent else 'here'}: {', '.join(sorted(section.model_fields))}"
 
 
 def _members(annotation: Any) -> list[type[BaseModel]]:

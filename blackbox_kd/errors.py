@@ -3,6 +3,7 @@
     BlackboxKDError                 shown as one line, without a traceback (`--debug` shows it)
     ├── ConfigError                 2   a key, a flag, a file or a name is wrong
     ├── CorpusError                 2   the corpus file cannot be opened, read or written
+    │   └── CorpusBusy              2   another program holds it open
     ├── ModelError                  2   a student model cannot be loaded or does not fit
     ├── AlignmentError              2   rows, tokens or scores that must match up do not
     ├── TrainingError               2   an update that would be a no-op or has diverged
@@ -32,6 +33,10 @@ class ConfigError(BlackboxKDError, ValueError):
 
 class CorpusError(BlackboxKDError):
     """The corpus file cannot be opened, read or written."""
+
+
+class CorpusBusy(CorpusError):
+    """Another program holds the corpus file open."""
 
 
 class ModelError(BlackboxKDError):

@@ -11,7 +11,7 @@ import jinja2
 
 from blackbox_kd.config import PromptsConfig, find_file
 from blackbox_kd.errors import ConfigError
-from blackbox_kd.hashing import content_id
+from blackbox_kd.hashing import canonical_json, content_id
 from blackbox_kd.types import Message, Prompt, Split
 
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -60,7 +60,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         where = f"{path}:{number}"
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            canonical_json(row).encode()
+        except ValueError as error:  # NaN and half surrogate pairs pass json.loads, but are neither JSON nor UTF-8
             raise ConfigError(f"{where}: not valid JSON ({error})") from error
         if not isinstance(row, dict):
             raise ConfigError(f"{where}: a row must be a JSON object, this is a {type(row).__name__}")
@@ -104,7 +105,10 @@ class Template:
 
     def __init__(self, name: str, what: str) -> None:
         self.path = find_file(name, what)
-        self.source = self.path.read_text("utf-8").strip()
+        try:
+            self.source = self.path.read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{what}: cannot read {self.path}: {error}") from error
         environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
         try:
             self._compiled = environment.from_string(self.source)
@@ -115,7 +119,7 @@ class Template:
         """The text with its variables filled in."""
         try:
             return self._compiled.render(**variables).strip()
-        except jinja2.UndefinedError as error:
+        except (jinja2.TemplateError, TypeError) as error:
             raise ConfigError(f"template {self.path}: {error}; it may use {', '.join(variables)}") from error
 
 

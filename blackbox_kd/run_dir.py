@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import shutil
 import time
 import uuid
@@ -20,8 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-import yaml
-
+from blackbox_kd.config import dump_config
 from blackbox_kd.errors import ConfigError
 
 SETTINGS_FILE = "settings.json"
@@ -32,16 +32,20 @@ class RunDir:
     """One process at a time; use as a context manager.
 
     Raises:
-        ConfigError: another process is running in this directory.
+        ConfigError: another process is running in this directory, or it cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock: IO[str] = (path / "run.lock").open("w")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock: IO[str] = (path / "run.lock").open("w")
+        except OSError as error:
+            raise ConfigError(f"run_dir: cannot write in {path}: {error.strerror}") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            self._lock.close()
             raise ConfigError(f"{path} is in use by another run; wait for it or choose another --run_dir") from error
         identity = path / "run.json"
         if not identity.exists():
@@ -56,11 +60,11 @@ class RunDir:
 
     def save_config(self, config: Mapping[str, Any]) -> None:
         """The resolved config, in the form that `--config` reads."""
-        write_atomically(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        write_atomically(self.path / "config.yaml", dump_config(config))
 
     def log(self, rows: list[dict[str, Any]]) -> None:
         """Append metric rows to metrics.jsonl (the corpus holds the same, upserted)."""
-        with (self.path / "metrics.jsonl").open("a") as file:
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def write_summary(self, summary: Mapping[str, Any]) -> Path:
@@ -75,8 +79,9 @@ class RunDir:
 
     def checkpoints(self) -> list[str]:
         """Committed checkpoints in the order in which they were trained."""
-        found = [p.name for p in (self.path / "checkpoints").glob("*") if (p / SETTINGS_FILE).exists()]
-        return sorted(found, key=round_of)
+        found = [path.parent.name for path in (self.path / "checkpoints").glob(f"*/{SETTINGS_FILE}")]
+        # A kill just before the rename leaves a whole folder under its partial name.
+        return sorted((name for name in found if re.fullmatch(r"sft|round-\d+", name)), key=round_of)
 
     @contextmanager
     def committing(self, name: str, settings: Mapping[str, Any]) -> Iterator[Path]:

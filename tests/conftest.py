@@ -10,6 +10,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: more threads only wait for each other
 
 import pytest
 
@@ -53,3 +54,44 @@ def write_jsonl(tmp_path: Path) -> Callable[[str, list[dict[str, Any]]], Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a two-layer chat model; see tests/tiny.py."""
+    from tests.tiny import make_tiny
+
+    return make_tiny(tmp_path_factory.mktemp("tiny-student"))
+
+
+@pytest.fixture
+def project_file(tmp_path: Path, tiny_model: Path, write_jsonl: Callable[..., Path]) -> Path:
+    """A whole project on a tiny student and a scripted teacher; seconds for everything."""
+    for split, count in (("train", 12), ("heldout", 4), ("ood", 3), ("holdback", 3)):
+        write_jsonl(f"data/{split}.jsonl", [{"prompt": f"Say {split} {i}"} for i in range(count)])
+    (tmp_path / "rewrite.md.j2").write_text("{{ prompt }} instead of: {{ draft }}")
+    config = {
+        "seed": 1,
+        "run_dir": str(tmp_path / "run"),
+        "prompts": {"path": str(tmp_path / "data")},
+        "teacher": {"provider": "scripted", "reply": "one {{ text.split()[2] if text.split()|length > 2 else 'two' }}"},
+        "sample": {"max_prompts": 6, "max_completion_length": 16},
+        "student": {"model": str(tiny_model), "device": "cpu", "lora": {"r": 4}},
+        "sft": {
+            "dev_fraction": 0.3,
+            "trainer": {"learning_rate": 1e-3, "num_train_epochs": 2, "per_device_train_batch_size": 2},
+        },
+        "onpolicy": {
+            "algorithm": {"name": "relabel", "template": str(tmp_path / "rewrite.md.j2")},
+            "rounds": 2,
+            "prompts_per_round": 3,
+            "max_completion_length": 8,
+            "update": {"batch_size": 2, "learning_rate": 1e-3},
+        },
+        "evaluate": {"max_completion_length": 8, "bootstrap_samples": 100},
+    }
+    import yaml
+
+    path = tmp_path / "project.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -32,7 +32,7 @@ def insert(con: duckdb.DuckDBPyConnection, table: str, rows: list[Row], *, repla
     con.unregister("batch")
 
 
-def ingest(con: duckdb.DuckDBPyConnection, records: Iterable[Record], *, orphaned: bool = False) -> None:
+def ingest(con: duckdb.DuckDBPyConnection, records: Sequence[Record], *, orphaned: bool = False) -> None:
     """One transaction. `orphaned`: their process is gone, so what was sent and never answered is known to be lost."""
     answered = [r for r in records if isinstance(r, Answered)]
     attempts = [_attempt_row(r) for r in answered]

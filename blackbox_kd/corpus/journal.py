@@ -55,8 +55,10 @@ class Segment:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{time.time_ns()}-{os.getpid()}.journal"
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_EXCL, 0o600)
+        unlocked = self.path.with_suffix(".new")  # nobody may take it for a leftover before it is locked
+        self._fd = os.open(unlocked, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_EXCL, 0o600)
         fcntl.flock(self._fd, fcntl.LOCK_EX)
+        unlocked.rename(self.path)
 
     def append(self, record: Record) -> None:
         """Hand the record to the operating system in one write: it survives a kill of this process.
@@ -70,7 +72,8 @@ class Segment:
             written = os.write(self._fd, frame)
         except OSError as error:
             raise CorpusError(f"cannot write the journal {self.path}: {error.strerror}") from error
-        if written != len(frame):
+        if written != len(frame):  # cut the torn record off: what is appended later must stay readable
+            os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
             raise CorpusError(f"cannot write the journal {self.path}: the disk is full")
 
     def close(self, *, ingested: bool) -> None:
@@ -81,28 +84,42 @@ class Segment:
 
 
 def read_segment(path: Path) -> list[Record]:
-    """All whole records of a segment; what stands behind a tear is not one."""
+    """All whole records of a segment: one whose bytes have changed is skipped, a torn one is the end.
+
+    Raises:
+        CorpusError: a record that this version does not know.
+    """
     data, records, offset = path.read_bytes(), [], 0
     while offset + _FRAME.size <= len(data):
         length, crc = _FRAME.unpack_from(data, offset)
         payload = data[offset + _FRAME.size : offset + _FRAME.size + length]
-        if len(payload) != length or zlib.crc32(payload) != crc:
+        if len(payload) != length or length == 0:  # torn, or the zeros that a power failure leaves
             break
-        records.append(_decoder.decode(payload))
         offset += _FRAME.size + length
+        if zlib.crc32(payload) != crc:
+            continue
+        try:
+            records.append(_decoder.decode(payload))
+        except msgspec.DecodeError as error:
+            raise CorpusError(
+                f"{path} was written by another version of blackbox_kd ({error}); ingest it there"
+            ) from error
     return records
 
 
 def leftovers(folder: Path) -> Iterator[tuple[Path, list[Record]]]:
     """Segments whose process is gone, locked while they are looked at: (path, records)."""
     for path in sorted(folder.glob("*.journal")):
-        fd = os.open(path, os.O_RDONLY)
+        try:
+            fd = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:  # another process has ingested it
+            continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             continue
         else:
-            if path.exists():  # another process may have ingested it between listing and lock
+            if path.exists():  # ... or has done so between listing and lock
                 yield path, read_segment(path)
         finally:
             os.close(fd)

@@ -21,7 +21,7 @@ CREATE TABLE IF NOT EXISTS prompts (
     messages   JSON NOT NULL,           -- the conversation as the student sees it
     split      VARCHAR NOT NULL,        -- train, heldout, ood or holdback
     source     VARCHAR NOT NULL,        -- file that it came from
-    meta       JSON NOT NULL,           -- whatever else the row held
+    meta       JSON NOT NULL,           -- what the row said under `meta`
     added_at   TIMESTAMPTZ NOT NULL     -- first seen
 );
 

@@ -14,7 +14,7 @@ import tenacity
 
 from blackbox_kd.corpus.ingest import Row, completion_row, ingest, insert, insert_logprobs, timestamp
 from blackbox_kd.corpus.journal import Record, leftovers
-from blackbox_kd.errors import CorpusError
+from blackbox_kd.errors import CorpusBusy, CorpusError
 from blackbox_kd.hashing import canonical_json, content_id
 from blackbox_kd.types import (
     Completion,
@@ -41,18 +41,23 @@ class Corpus:
     def __init__(self, path: Path, *, lock_wait_s: float = LOCK_WAIT_S) -> None:
         self.path = path
         self.journal = path.with_name(path.name + ".journal")
-        self._lock_wait_s = lock_wait_s
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self.lock_wait_s = lock_wait_s
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CorpusError(f"corpus: cannot make the folder {path.parent}: {error.strerror}") from error
         with self.connect() as con:
             _migrate(con, path)
         self.replay()
 
     @contextmanager
     def connect(self, *, wait_s: float | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A read-write connection, closed at the end of the block."""
-        con = _open(self.path, read_only=False, wait_s=self._lock_wait_s if wait_s is None else wait_s)
+        """A read-write connection, closed at the end of the block; what DuckDB says inside it is a CorpusError."""
+        con = _open(self.path, read_only=False, wait_s=self.lock_wait_s if wait_s is None else wait_s)
         try:
             yield con
+        except duckdb.Error as error:
+            raise CorpusError(f"{self.path}: {_one_line(error)}") from error
         finally:
             con.close()
 
@@ -72,11 +77,15 @@ class Corpus:
         return found
 
     def try_ingest(self, records: list[Record], *, wait_s: float = 0.0) -> bool:
-        """Ingest; False where somebody holds the file open for longer than `wait_s`."""
+        """Ingest; False where somebody holds the file open for longer than `wait_s`.
+
+        Raises:
+            CorpusError: anything else, such as a full disk.
+        """
         try:
             with self.connect(wait_s=wait_s) as con:
                 ingest(con, records)
-        except CorpusError:
+        except CorpusBusy:
             return False
         return True
 
@@ -194,10 +203,10 @@ def query(path: Path, sql: str, *, wait_s: float = 10.0) -> tuple[list[str], lis
         raise CorpusError(f"no corpus {str(path)!r}: run a stage first, or name one with --corpus")
     con = _open(path, read_only=True, wait_s=wait_s)
     try:
-        cursor = con.execute(sql)
-        return [column[0] for column in cursor.description or []], cursor.fetchall()
+        con.execute(sql)
+        return [column[0] for column in con.description or []], con.fetchall()
     except duckdb.Error as error:
-        raise CorpusError(" ".join(str(error).split())) from error
+        raise CorpusError(_one_line(error)) from error
     finally:
         con.close()
 
@@ -210,7 +219,7 @@ def export(path: Path, select: str, target: Path) -> int:
         quoted = str(target).replace("'", "''")
         return int(con.execute(f"COPY ({select}) TO '{quoted}' ({form})").fetchall()[0][0])
     except duckdb.Error as error:
-        raise CorpusError(f"export to {target}: {' '.join(str(error).split())}") from error
+        raise CorpusError(f"export to {target}: {_one_line(error)}") from error
     finally:
         con.close()
 
@@ -233,11 +242,15 @@ def _open(path: Path, *, read_only: bool, wait_s: float) -> duckdb.DuckDBPyConne
         return retry(connect)
     except duckdb.Error as error:
         if _is_locked(error):
-            raise CorpusError(
+            raise CorpusBusy(
                 f"{path} is held open by another program ({_holder(str(error))}) for over {wait_s:.0f} s; "
                 "close it there"
             ) from error
-        raise CorpusError(f"cannot open {path}: {' '.join(str(error).split())}") from error
+        raise CorpusError(f"cannot open {path}: {_one_line(error)}") from error
+
+
+def _one_line(error: duckdb.Error) -> str:
+    return " ".join(str(error).split())
 
 
 def _holder(message: str) -> str:
@@ -251,8 +264,10 @@ def _migrate(con: duckdb.DuckDBPyConnection, path: Path) -> None:
     if tables and "meta" not in tables:
         raise CorpusError(f"{path} is a DuckDB file, but no corpus (its tables: {', '.join(sorted(tables)[:5])})")
     if not tables:
+        con.execute("BEGIN")
         con.execute(files.joinpath("schema.sql").read_text("utf-8"))
         con.execute("INSERT INTO meta VALUES ('schema_version', ?)", [str(SCHEMA_VERSION)])
+        con.execute("COMMIT")
     version = int(con.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchall()[0][0])
     if version != SCHEMA_VERSION:
         raise CorpusError(f"{path} has schema version {version}, this blackbox_kd speaks {SCHEMA_VERSION}: upgrade it")

@@ -7,7 +7,7 @@ import threading
 from types import TracebackType
 
 from blackbox_kd.corpus.journal import Record, Segment
-from blackbox_kd.corpus.store import LOCK_WAIT_S, Corpus
+from blackbox_kd.corpus.store import Corpus
 from blackbox_kd.progress import say
 
 BATCH_ROWS = 256
@@ -43,8 +43,13 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._queue.put(None)
         self._thread.join()
-        ingested = not self._error and (not self._waiting or self._corpus.try_ingest(self._waiting, wait_s=LOCK_WAIT_S))
-        self._segment.close(ingested=ingested)
+        ingested = False
+        try:
+            if not self._error:
+                wait_s = self._corpus.lock_wait_s
+                ingested = not self._waiting or self._corpus.try_ingest(self._waiting, wait_s=wait_s)
+        finally:
+            self._segment.close(ingested=ingested)
         if self._error and error is None:
             raise self._error
         if not ingested:
@@ -65,9 +70,9 @@ class Writer:
                 return
 
     def _collect(self) -> bool:
-        """Wait for a batch; True at the end of the stream."""
+        """Wait for a batch of new records or a pause between them; True at the end of the stream."""
         try:
-            while len(self._waiting) < BATCH_ROWS:
+            for _ in range(BATCH_ROWS):
                 record = self._queue.get(timeout=BATCH_S)
                 if record is None:
                     return True

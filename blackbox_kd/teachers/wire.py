@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -70,14 +71,14 @@ class _CompletionDetails(msgspec.Struct):
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
     prompt_tokens_details: _PromptDetails | None = None
     completion_tokens_details: _CompletionDetails | None = None
 
 
 class _Reply(msgspec.Struct):
-    choices: list[_Choice] = []
+    choices: list[_Choice] | None = None
     model: str | None = None
     system_fingerprint: str | None = None
     usage: _Usage | None = None
@@ -101,9 +102,11 @@ def decode_reply(data: bytes, request: Request, author: Author, round_: int) -> 
     if not reply.choices:
         if reply.error is not None:
             code = reply.error.get("code") if isinstance(reply.error, dict) else None
-            raise error_of(code if isinstance(code, int) and code >= 400 else 500, data, {})
+            status = int(code) if str(code).isdecimal() else 0
+            raise error_of(status if status >= 400 else 500, data, {})
         raise TransientError(f"a 200 without choices: {data[:80]!r}", status=200)
     usage = _usage(reply.usage)
+    indexes = {choice.index for choice in reply.choices}  # some servers call every choice 0
     completions = [
         Completion(
             request_key=request.request_key,
@@ -114,7 +117,7 @@ def decode_reply(data: bytes, request: Request, author: Author, round_: int) -> 
             text=choice.message.content or choice.message.refusal or "",
             reasoning=choice.message.reasoning_content or choice.message.reasoning,
             finish_reason=choice.finish_reason or "unknown",
-            choice_idx=choice.index,
+            choice_idx=choice.index if len(indexes) == len(reply.choices) else position,
             served_model=reply.model,
             system_fingerprint=reply.system_fingerprint,
             usage=usage if position == 0 else Usage(),
@@ -130,8 +133,8 @@ def _usage(usage: _Usage | None) -> Usage:
         return Usage()
     prompt, completion = usage.prompt_tokens_details, usage.completion_tokens_details
     return Usage(
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens,
+        prompt_tokens=usage.prompt_tokens or 0,
+        completion_tokens=usage.completion_tokens or 0,
         cached_tokens=(prompt.cached_tokens if prompt else None) or 0,
         reasoning_tokens=(completion.reasoning_tokens if completion else None) or 0,
     )
@@ -139,8 +142,9 @@ def _usage(usage: _Usage | None) -> Usage:
 
 def error_of(status: int, data: bytes, headers: Mapping[str, str]) -> TeacherError:
     """The exception for a reply that is no answer."""
-    message = f"HTTP {status}: {_error_text(data)}"
-    if status in (401, 403) or any(code in message for code in QUOTA_CODES) or status == 402:
+    said, codes = _error_text(data)
+    message = f"HTTP {status}: {said}"
+    if status in (401, 402, 403) or not codes.isdisjoint(QUOTA_CODES):
         return TeacherRefused(f"the teacher refuses for good, {message}", status=status)
     if status == 429:
         return RateLimited(message, status=status, retry_after_s=retry_after(headers))
@@ -149,32 +153,33 @@ def error_of(status: int, data: bytes, headers: Mapping[str, str]) -> TeacherErr
     return RequestRejected(message, status=status)
 
 
-def _error_text(data: bytes) -> str:
-    """What the body says, in whichever of the shapes that servers use; at most 300 characters."""
+def _error_text(data: bytes) -> tuple[str, set[str]]:
+    """What the body says, in whichever of the shapes that servers use (about 300 characters), and its codes."""
     try:
         value = msgspec.json.decode(data)
-    except msgspec.DecodeError:
-        return " ".join(data.decode("utf-8", "replace").split())[:300]
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        value = data.decode("utf-8", "replace")
+    codes: list[str] = []
     if isinstance(value, dict):
-        value = value.get("error", value.get("detail", value.get("message", value)))
+        value = value.get("error") or value.get("detail") or value.get("message") or value
     if isinstance(value, dict) and "message" in value:
-        code = value.get("code") or value.get("type")
-        value = f"{value['message']} ({code})" if code else value["message"]
-    return " ".join(str(value).split())[:300]
+        codes = [str(value[key]) for key in ("code", "type") if value.get(key)]
+        value = value["message"]
+    text = " ".join(str(value).split())[:300]
+    return (f"{text} ({codes[0]})" if codes else text), {text, *codes}
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds to wait, from `retry-after-ms` or `retry-after` (seconds or an HTTP date, RFC 9110 10.2.3)."""
-    if milliseconds := headers.get("retry-after-ms"):
+    for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         try:
-            return max(0.0, float(milliseconds) / 1000)
+            seconds = float(headers.get(name, "")) * scale
         except ValueError:
-            pass
-    value = headers.get("retry-after")
-    if value is None:
-        return None
+            continue
+        if math.isfinite(seconds):
+            return max(0.0, seconds)
     try:
-        return max(0.0, float(value))
-    except ValueError:
-        date = email.utils.parsedate_tz(value)
-        return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else None
+        date = email.utils.parsedate_to_datetime(headers.get("retry-after", ""))
+        return max(0.0, date.timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None

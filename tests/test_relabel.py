@@ -1,0 +1,139 @@
+"""`relabel`: what is asked about a draft, and which tokens are learnt from the reply."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blackbox_kd.algorithms import algorithms
+from blackbox_kd.algorithms.base import Algorithm, Outcome
+from blackbox_kd.algorithms.relabel import RelabelConfig, least_sure
+from blackbox_kd.corpus import Corpus
+from blackbox_kd.student.render import IGNORE, Renderer
+from blackbox_kd.teachers.scripted import ScriptedTeacherConfig
+from blackbox_kd.teachers.teacher import Teacher
+from blackbox_kd.types import Completion, Prompt, Rollout
+from tests.conftest import RUN_ID
+
+
+@pytest.fixture(scope="module")
+def renderer(tiny_model: Path) -> Renderer:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    return Renderer(tokenizer, [tokenizer.eos_token_id])
+
+
+def rollout(renderer: Renderer, question: str, draft: str, logprob: float = -1.0) -> Rollout:
+    prompt = Prompt(messages=[{"role": "user", "content": question}], split="train", source="t")
+    completion = Completion(
+        request_key=prompt.prompt_id,
+        prompt_id=prompt.prompt_id,
+        author="student",
+        model="s",
+        policy="p",
+        text=draft,
+        finish_reason="stop",
+    )
+    ids = renderer.completion(draft)
+    return Rollout(
+        prompt=prompt,
+        completion=completion,
+        prompt_ids=renderer.prompt(prompt.messages),
+        completion_ids=ids,
+        logprobs=[logprob] * len(ids),
+    )
+
+
+def feedback(corpus: Corpus, renderer: Renderer, rollouts: list[Rollout], reply: str, **config: Any) -> Outcome:
+    async def ask() -> Outcome:
+        async with Teacher(ScriptedTeacherConfig(reply=reply), corpus, RUN_ID) as teacher:
+            algorithm: Algorithm = RelabelConfig(**config).build(teacher, renderer)
+            return await algorithm.feedback(rollouts, 1)
+
+    return asyncio.run(ask())
+
+
+def test_a_rewrite_sees_question_and_draft_and_is_learnt_behind_the_students_prompt(
+    corpus: Corpus, renderer: Renderer, tmp_path: Path
+) -> None:
+    template = tmp_path / "t.j2"
+    template.write_text("Q={{ prompt }} D={{ draft }}")
+    one = rollout(renderer, "Say 1", "wun")
+    outcome = feedback(corpus, renderer, [one], "{{ text }} better", template=str(template))
+    (sample,) = outcome.samples
+    assert sample.input_ids[: len(one.prompt_ids)] == one.prompt_ids
+    learnt = [i for i, w in zip(sample.input_ids, sample.weights["ce"], strict=True) if w]
+    assert learnt[-1] == renderer.end_id
+    assert renderer.decode(learnt) == "Q=Say 1 D=wun better"
+    assert sample.weights["ce"][: len(one.prompt_ids)] == [0.0] * len(one.prompt_ids)
+    (said,) = outcome.feedback
+    assert (said.kind, said.completion_id) == ("rewrite", one.completion.completion_id)
+    assert said.target_completion_id == sample.sample_id
+
+
+def test_afresh_is_the_teachers_own_answer_and_never_sees_the_draft(corpus: Corpus, renderer: Renderer) -> None:
+    rollouts = [rollout(renderer, "Say 1", "SECRET")]
+    outcome = feedback(corpus, renderer, rollouts, "{{ messages | string }}", mode="afresh", worst_fraction=1.0)
+    (sample,) = outcome.samples
+    text = renderer.decode([i for i, w in zip(sample.input_ids, sample.weights["ce"], strict=True) if w])
+    assert "SECRET" not in text
+    assert "Say 1" in text
+
+
+def test_afresh_asks_where_the_student_is_least_sure(renderer: Renderer) -> None:
+    rollouts = [rollout(renderer, f"Say {i}", "x", logprob=-i) for i in (1.0, 5.0, 2.0, 9.0)]
+    assert [r.logprobs[0] for r in least_sure(rollouts, 0.5)] == [-9.0, -5.0]
+    assert len(least_sure(rollouts[:1], 0.1)) == 1
+
+
+def test_a_later_round_draws_anew(corpus: Corpus, renderer: Renderer) -> None:
+    config = RelabelConfig(mode="afresh")
+    teacher = Teacher(ScriptedTeacherConfig(), corpus, RUN_ID)
+    algorithm = config.build(teacher, renderer)
+    one = rollout(renderer, "Say 1", "x")
+    keys = {algorithm._request(one, round_).request_key for round_ in (1, 2)}
+    sampled = teacher.request(one.prompt, "sample", algorithm._sampling).request_key
+    assert len(keys | {sampled}) == 3
+
+
+def test_a_reply_that_cannot_be_used_drops_its_rollout(corpus: Corpus, renderer: Renderer) -> None:
+    rollouts = [rollout(renderer, text, "x") for text in ("empty", "full")]
+    outcome = feedback(
+        corpus, renderer, rollouts, "{% if 'full' in text %}fine{% else %}  {% endif %}", template="prompts/rewrite.md.j2"
+    )
+    assert (outcome.asked, outcome.failed, len(outcome.samples), len(outcome.feedback)) == (2, 1, 1, 1)
+
+
+def test_the_same_draft_is_not_asked_about_twice(corpus: Corpus, renderer: Renderer) -> None:
+    rollouts = [rollout(renderer, "Say 1", "x")]
+    first = feedback(corpus, renderer, rollouts, "yes", template="prompts/rewrite.md.j2")
+    again = feedback(corpus, renderer, rollouts, "never asked", template="prompts/rewrite.md.j2")
+    assert again.samples == first.samples
+    assert corpus.spend(RUN_ID)["calls"] == 1
+
+
+@pytest.mark.parametrize("config", algorithms(), ids=lambda c: str(c.model_fields["name"].default))
+def test_every_algorithm_says_what_it_needs_and_costs_and_learns_something(
+    config: type[Any], corpus: Corpus, renderer: Renderer
+) -> None:
+    import importlib
+
+    doc = importlib.import_module(config.__module__).__doc__
+    for word in ("What it is:", "Needs:", "Costs:", "Loss:", "does not do"):
+        assert word in doc
+    rollouts = [rollout(renderer, f"Say {i}", "x") for i in range(4)]
+
+    async def ask() -> Outcome:
+        async with Teacher(ScriptedTeacherConfig(), corpus, RUN_ID) as teacher:
+            return await config().build(teacher, renderer).feedback(rollouts, 1)
+
+    outcome = asyncio.run(ask())
+    assert outcome.samples
+    for sample in outcome.samples:
+        assert any(any(stream) for stream in sample.weights.values())
+        assert all(len(stream) == len(sample.input_ids) for stream in sample.weights.values())
+    assert IGNORE not in [i for s in outcome.samples for i in s.input_ids]

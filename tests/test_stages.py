@@ -1,0 +1,240 @@
+"""Every stage through its command, on a tiny student and a scripted teacher: results, restarts and mistakes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from blackbox_kd.__main__ import main
+from blackbox_kd.corpus import query
+
+
+def rows(project_file: Path, sql: str) -> list[tuple[Any, ...]]:
+    return query(project_file.parent / "run" / "corpus.duckdb", sql)[1]
+
+
+def adapter(project_file: Path, name: str, run: str = "run") -> dict[str, Any]:
+    return load_file(project_file.parent / run / "checkpoints" / name / "adapter_model.safetensors")
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all((one[key] == other[key]).all() for key in one)
+
+
+def test_run_goes_from_prompts_to_a_table(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--config", str(project_file), "--debug"]) == 0
+    shown = capsys.readouterr()
+    run_dir = project_file.parent / "run"
+
+    summary = json.loads((run_dir / "summary.json").read_text())
+    seen = {(c["name"], c["split"]) for c in summary["checkpoints"]}
+    assert seen == {(n, s) for n in ("base", "sft", "round-1", "round-2") for s in ("heldout", "ood", "holdback")}
+    for checkpoint in summary["checkpoints"]:
+        expected = {"chrf", "exact", "length"} | ({"teacher_nll"} if checkpoint["split"] != "holdback" else set())
+        assert set(checkpoint["metrics"]) == expected
+        for metric in checkpoint["metrics"].values():
+            assert metric["lo"] <= metric["value"] <= metric["hi"]
+    base_holdback = next(c for c in summary["checkpoints"] if (c["name"], c["split"]) == ("base", "holdback"))
+    assert base_holdback["metrics"]["exact"]["value"] == 1  # compared with itself
+    # 6 sampled, 7 fixed prompts x 2, 3 rewrites in each of 2 rounds
+    assert summary["spend"]["calls"] == 6 + 14 + 6
+
+    for name in ("sft", "round-1", "round-2"):
+        card = (run_dir / "checkpoints" / name / "README.md").read_text()
+        front = yaml.safe_load(card.split("---")[1])
+        assert front["library_name"] == "peft"
+        assert "distillation" in front["tags"]
+    assert "heldout" in shown.out
+    assert "blackbox-kd sql" in shown.out
+
+    counts = rows(project_file, "select author, round, count(*) from completions group by all order by all")
+    assert counts == [("student", 0, 20), ("student", 1, 13), ("student", 2, 13), ("teacher", 0, 20),
+                      ("teacher", 1, 3), ("teacher", 2, 3)]  # fmt: skip
+    assert not same(adapter(project_file, "sft"), adapter(project_file, "round-1"))
+    assert not same(adapter(project_file, "round-1"), adapter(project_file, "round-2"))
+    logged = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert {row["stage"] for row in logged} == {"sft", "onpolicy", "evaluate"}
+
+    # and once more: nothing is asked, nothing changes
+    before = (run_dir / "summary.json").read_text()
+    attempts = rows(project_file, "select count(*) from attempts")
+    assert main(["run", "--config", str(run_dir / "config.yaml")]) == 0
+    assert "asked nothing" in capsys.readouterr().err
+    assert rows(project_file, "select count(*) from attempts") == attempts
+    assert json.loads((run_dir / "summary.json").read_text()) == json.loads(before)
+
+
+def test_a_round_that_was_killed_is_repeated_exactly(project_file: Path) -> None:
+    folder = project_file.parent
+    assert main(["run", "--config", str(project_file)]) == 0
+    asked = rows(project_file, "select count(*) from attempts")
+    shutil.copytree(folder / "run", folder / "killed")
+    for name in ("round-1", "round-2"):  # as if the process had died before the first round was committed
+        shutil.rmtree(folder / "killed" / "checkpoints" / name)
+    (folder / "killed" / "checkpoints" / ".round-1.partial").mkdir()
+    arguments = ["--run_dir", str(folder / "killed"), "--corpus", str(folder / "run" / "corpus.duckdb")]
+    assert main(["onpolicy", "--config", str(project_file), *arguments]) == 0
+    for name in ("round-1", "round-2"):
+        assert same(adapter(project_file, name), adapter(project_file, name, "killed"))
+    assert rows(project_file, "select count(*) from attempts") == asked
+
+
+def test_the_second_round_alone_is_the_same_as_in_one_go(project_file: Path) -> None:
+    folder = project_file.parent
+    for stage in ("sample", "sft"):
+        assert main([stage, "--config", str(project_file)]) == 0
+    shutil.copytree(folder / "run", folder / "steps")
+    assert main(["onpolicy", "--config", str(project_file)]) == 0
+    for rounds in ("1", "2"):
+        arguments = ["--run_dir", str(folder / "steps"), "--onpolicy.rounds", rounds]
+        assert main(["onpolicy", "--config", str(project_file), *arguments]) == 0
+    assert same(adapter(project_file, "round-2"), adapter(project_file, "round-2", "steps"))
+
+
+def test_sft_learns_the_answers_and_keeps_dev_apart(project_file: Path) -> None:
+    arguments = ["--sft.trainer.learning_rate", "1e-2", "--sft.trainer.num_train_epochs", "6"]
+    for stage in ("sample", "sft"):
+        assert main([stage, "--config", str(project_file), *arguments]) == 0
+    history = rows(
+        project_file, "select value from metrics where stage = 'sft' and split = 'dev' and name = 'nll' order by step"
+    )
+    assert history[-1][0] < history[0][0]
+    assert not (project_file.parent / "run" / "trainer").exists()
+
+
+def test_sft_that_was_killed_goes_on_from_its_last_epoch(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = project_file.parent
+    stretch = ["--sft.early_stopping_patience", "5"]
+    assert main(["sample", "--config", str(project_file)]) == 0
+    shutil.copytree(folder / "run", folder / "killed")
+    assert main(["sft", "--config", str(project_file), *stretch]) == 0
+
+    # a first start that ends after one epoch and leaves TRL's checkpoint behind, as a kill would
+    import blackbox_kd.sft as sft
+    from blackbox_kd.config import load_config
+    from blackbox_kd.project import Config, Project, overrides
+    from blackbox_kd.student.student import Student
+
+    flags = overrides([*stretch, "--run_dir", str(folder / "killed")])
+    with Project(load_config(Config, str(project_file), flags)) as project:
+        student = Student(project.config.student, seed=project.config.seed)
+        train, dev = sft.split_dev(sft.training_rows(project), project.config.sft.dev_fraction)
+        work = project.run_dir.path / "trainer"
+        trainer = sft.build_trainer(student, project.config, sft.render(student, train), sft.render(student, dev), work)
+
+        from transformers import TrainerCallback
+
+        class Kill(TrainerCallback):  # type: ignore[misc]
+            def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if state.epoch and state.epoch >= 1:
+                    raise KeyboardInterrupt
+
+        trainer.add_callback(Kill())
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    assert main(["sft", "--config", str(project_file), *stretch, "--run_dir", str(folder / "killed")]) == 0
+    assert same(adapter(project_file, "sft"), adapter(project_file, "sft", "killed"))
+
+
+def test_other_settings_do_not_mix_with_an_old_checkpoint(
+    project_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stage in ("sample", "sft"):
+        assert main([stage, "--config", str(project_file)]) == 0
+    assert main(["sft", "--config", str(project_file), "--sft.trainer.learning_rate", "1e-2"]) == 2
+    assert "was made with sft.trainer.learning_rate 0.001, the config now says 0.01" in capsys.readouterr().err
+
+
+def test_the_trainer_block_reaches_trl_untouched(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", "--config", str(project_file)]) == 0
+    assert main(["sft", "--config", str(project_file), "--sft.trainer.learning_rat", "1"]) == 2
+    assert "learning_rat" in capsys.readouterr().err
+
+
+def test_sft_without_answers_says_what_to_do(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sft", "--config", str(project_file)]) == 2
+    assert "run `sample` first" in capsys.readouterr().err
+
+
+def test_onpolicy_without_sft_says_what_to_do(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["onpolicy", "--config", str(project_file)]) == 2
+    assert "run `sft` first" in capsys.readouterr().err
+
+
+def test_too_much_failed_feedback_stops_with_3(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for stage in ("sample", "sft"):
+        assert main([stage, "--config", str(project_file)]) == 0
+    # what `sample` bought came from the same model, so it stays valid; from here on the teacher is silent
+    silent = ["--teacher.reply", "' '"]
+    assert main(["onpolicy", "--config", str(project_file), *silent]) == 3
+    assert "3 of 3 replies could not be used" in capsys.readouterr().err
+
+
+def test_prompts_that_were_not_sampled_come_first(project_file: Path) -> None:
+    from blackbox_kd.config import load_config
+    from blackbox_kd.onpolicy import draw
+    from blackbox_kd.project import Config, Project
+
+    with Project(load_config(Config, str(project_file))) as project:
+        sampled = {p.prompt_id for p in project.sampled_prompts}
+        rounds = [[p.prompt_id for p in draw(project, r)] for r in range(1, 6)]
+    assert not sampled & {i for r in rounds[:2] for i in r}
+    assert {i for r in rounds[2:4] for i in r} == sampled
+    assert rounds[4] == rounds[0]
+
+
+def test_evaluate_prints_json_of_the_promised_shape(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--config", str(project_file), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert [c["name"] for c in summary["checkpoints"]] == ["base"] * 3
+    assert {"calls", "prompt_tokens", "completion_tokens", "cost_usd"} <= set(summary["spend"])
+    assert summary["spend"]["cost_usd"] is None  # a scripted teacher has no price
+
+
+def test_export_is_what_datasets_and_trl_read(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from datasets import load_dataset
+
+    out = project_file.parent / "out"
+    assert main(["run", "--config", str(project_file)]) == 0
+    corpus = ["--corpus", str(project_file.parent / "run" / "corpus.duckdb")]
+    assert main(["export-corpus", "--out", str(out), *corpus]) == 0
+    for form, suffix in (("parquet", "parquet"), ("json", "jsonl")):
+        sft = load_dataset(form, data_files=str(out / f"sft.{suffix}"), split="train", cache_dir=str(out / "cache"))
+        assert len(sft) == 6
+        assert [m["role"] for m in sft[0]["messages"]] == ["user", "assistant"]
+        pairs = load_dataset(
+            form, data_files=str(out / f"preference.{suffix}"), split="train", cache_dir=str(out / "cache")
+        )
+        assert len(pairs) == 6
+        assert pairs[0]["chosen"][0]["role"] == pairs[0]["rejected"][0]["role"] == "assistant"
+        assert pairs[0]["prompt"][-1]["role"] == "user"
+    assert (out / "tables" / "attempts.parquet").exists()
+
+
+def test_status_and_sql_answer_from_the_last_run(
+    project_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(project_file.parent)
+    assert main(["sample", "--config", str(project_file), "--run_dir", "runs/a"]) == 0
+    capsys.readouterr()
+    assert main(["sql", "--json", "select author, count(*) as n from completions group by all"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"author": "teacher", "n": 6}
+    assert main(["sql", "from spend"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].startswith("run_id\tpurpose")
+    assert main(["status", "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert status["answers"] == [{"author": "teacher", "purpose": "sample", "round": 0, "answers": 6}]
+
+
+def test_the_corpus_can_be_read_while_a_stage_holds_nothing(project_file: Path) -> None:
+    from blackbox_kd.config import load_config
+    from blackbox_kd.project import Config, Project
+
+    with Project(load_config(Config, str(project_file))):
+        assert rows(project_file, "select count(*) from prompts") == [(22,)]

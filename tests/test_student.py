@@ -1,0 +1,131 @@
+"""Loading, writing, scoring and saving with a real (tiny) model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from blackbox_kd.config import LoraSection, StudentConfig
+from blackbox_kd.errors import ModelError
+from blackbox_kd.student.load import pick_dtype
+from blackbox_kd.student.student import BASE_POLICY, Student
+from blackbox_kd.types import SamplingParams
+
+SAMPLING = SamplingParams(max_completion_length=8)
+
+
+@pytest.fixture(scope="module")
+def student(tiny_model: Path) -> Student:
+    return Student(StudentConfig(model=str(tiny_model), device="cpu"))
+
+
+def test_a_fresh_adapter_changes_nothing(student: Student) -> None:
+    row = student.renderer.render([{"role": "user", "content": "Say 1"}], "one")
+    ours = student.logprobs([row], batch_size=1)
+    with student.model.disable_adapter():
+        assert ours == student.logprobs([row], batch_size=1)
+    assert student.policy == BASE_POLICY
+
+
+def test_logprobs_are_those_of_the_model(student: Student) -> None:
+    row = student.renderer.render([{"role": "user", "content": "Say 1"}], "one")
+    with torch.no_grad():
+        logits_TV = student.model(torch.tensor([row.input_ids])).logits[0].log_softmax(-1)
+    start = len(row.input_ids) - row.supervised
+    expected = [logits_TV[t - 1, row.input_ids[t]].item() for t in range(start, len(row.input_ids))]
+    assert student.logprobs([row], batch_size=4)[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_padding_does_not_change_logprobs(student: Student) -> None:
+    short = student.renderer.render([{"role": "user", "content": "Say 1"}], "yes")
+    long = student.renderer.render([{"role": "user", "content": "Say 1 2 3 4 5 6"}], "one two three four five")
+    alone = [student.logprobs([row], batch_size=1)[0] for row in (short, long)]
+    together = student.logprobs([short, long], batch_size=2)
+    for one, other in zip(alone, together, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_padding_does_not_change_greedy_answers(student: Student) -> None:
+    prompts = [student.renderer.prompt([{"role": "user", "content": text}]) for text in ("Say 1", "Say 1 2 3 4 5 6")]
+    greedy = SamplingParams(temperature=0.0, max_completion_length=8)
+    together = student.generate(prompts, greedy, batch_size=2, seed=0, description="t")
+    alone = student.generate(prompts, greedy, batch_size=1, seed=0, description="t")
+    assert together == alone
+
+
+def test_the_same_seed_draws_the_same_tokens_and_leaves_the_state_alone(student: Student) -> None:
+    prompts = [student.renderer.prompt([{"role": "user", "content": "Say 1"}])] * 4
+    before = torch.get_rng_state()
+    first = student.generate(prompts, SAMPLING, batch_size=2, seed=1, description="t")
+    assert torch.equal(before, torch.get_rng_state())
+    assert first == student.generate(prompts, SAMPLING, batch_size=2, seed=1, description="t")
+    assert first != student.generate(prompts, SAMPLING, batch_size=2, seed=2, description="t")
+
+
+def test_a_completion_ends_with_its_first_end_token(student: Student) -> None:
+    prompts = [student.renderer.prompt([{"role": "user", "content": f"Say {i}"}]) for i in range(64)]
+    drawn = student.generate(prompts, SamplingParams(max_completion_length=64), batch_size=64, seed=3, description="t")
+    end = student.renderer.end_id
+    assert all(end not in ids[:-1] for ids in drawn)
+    assert all(len(ids) == 64 or ids[-1] == end for ids in drawn)
+    assert any(len(ids) < 64 for ids in drawn)  # 1/320 a token: 64 of 64 tokens without one happen once in 10^5
+
+
+def test_saved_and_loaded_it_is_the_same_student(student: Student, tmp_path: Path) -> None:
+    with torch.no_grad():
+        for name, parameter in student.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    student.save(tmp_path / "a")
+    student.save(tmp_path / "b")
+    loaded = [Student(student.config, adapter=tmp_path / name) for name in "ab"]
+    row = student.renderer.render([{"role": "user", "content": "Say 1"}], "one")
+    assert loaded[0].logprobs([row], batch_size=1) == student.logprobs([row], batch_size=1)
+    assert loaded[0].policy == loaded[1].policy != BASE_POLICY
+    assert any(p.requires_grad for p in loaded[0].model.parameters())
+    with torch.no_grad():
+        for name, parameter in student.model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+
+
+def test_the_seed_makes_the_adapter(tiny_model: Path) -> None:
+    def lora_a(seed: int) -> torch.Tensor:
+        model = Student(StudentConfig(model=str(tiny_model), device="cpu"), seed=seed).model
+        return next(p for name, p in model.named_parameters() if "lora_A" in name)
+
+    assert torch.equal(lora_a(1), lora_a(1))
+    assert not torch.equal(lora_a(1), lora_a(2))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [("no/such-model", "cannot be loaded"), ("missing.gguf", "no such file"), ("nopackage:x.gguf", "is not installed")],
+)
+def test_a_model_that_cannot_be_loaded_is_one_line(model: str, said: str) -> None:
+    with pytest.raises(ModelError, match=said) as caught:
+        Student(StudentConfig(model=model, device="cpu"))
+    assert "\n" not in str(caught.value)
+    assert model in str(caught.value)
+
+
+def test_a_broken_gguf_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLACKBOX_KD_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + b"\0" * 64)
+    with pytest.raises(ModelError, match=r"broken\.gguf") as caught:
+        Student(StudentConfig(model=str(tmp_path / "broken.gguf"), device="cpu"))
+    assert "\n" not in str(caught.value)
+
+
+def test_lora_that_does_not_fit_is_one_line(tiny_model: Path) -> None:
+    config = StudentConfig(model=str(tiny_model), device="cpu", lora=LoraSection(target_modules=["nope"]))
+    with pytest.raises(ModelError, match="LoRA on"):
+        Student(config)
+
+
+def test_dtype_on_a_cpu_is_float32_unless_named() -> None:
+    cpu = torch.device("cpu")
+    assert pick_dtype(StudentConfig(model="m"), cpu) == torch.float32
+    assert pick_dtype(StudentConfig(model="m", dtype="bfloat16"), cpu) == torch.bfloat16
