@@ -105,7 +105,7 @@ def _evaluate(
 ) -> dict[str, dict[str, Interval]]:
     """Metrics of one checkpoint by split. `reference` collects the base model's holdback answers on its first call."""
     # torch is imported here, so that `capture` works without it
-    from blackbox_kd.rollout import roll_out
+    from blackbox_kd.rollout import Writer
     from blackbox_kd.student.student import Student
 
     config = project.config.evaluate
@@ -114,32 +114,32 @@ def _evaluate(
     say(f"evaluate: {name}")
     targets = {a.prompt.prompt_id: a.greedy.text.strip() for a in fixed.answers}
     prompts = [a.prompt for a in fixed.answers] + project.prompts["holdback"]
-    rollouts = roll_out(
-        student,
-        prompts,
-        SamplingParams(temperature=0.0, max_completion_length=config.max_completion_length),
+    writer = Writer(
+        student=student,
+        sampling=SamplingParams(temperature=0.0, max_completion_length=config.max_completion_length),
         purpose="evaluate",
-        round_=max(0, round_of(name)),
+        round=max(0, round_of(name)),
         seed=0,
         batch_size=config.batch_size,
         corpus=project.corpus,
         run_id=project.run_id,
     )
+    answers = writer.answers(prompts)
     if name == "base":
-        reference |= {r.prompt.prompt_id: r.completion.text.strip() for r in rollouts if r.prompt.split == "holdback"}
+        reference |= {p.prompt_id: c.text.strip() for p, c in answers if p.split == "holdback"}
     targets |= reference
     rows = [student.renderer.render(a.prompt.messages, a.sampled.text.strip()) for a in fixed.answers]
     logprobs = student.logprobs(rows, batch_size=config.batch_size)
     found: dict[str, dict[str, Interval]] = {}
     for split in (*FIXED_SPLITS, "holdback"):
-        written = [r for r in rollouts if r.prompt.split == split]
+        written = [(c, targets[p.prompt_id]) for p, c in answers if p.split == split]
         if not written:
             continue
-        pairs = [(r.completion.text.strip(), targets[r.prompt.prompt_id]) for r in written]
+        pairs = [(c.text.strip(), target) for c, target in written]
         values = {
             "chrf": interval([chrf(*pair) for pair in pairs], config.bootstrap_samples),
             "exact": interval([float(ours == theirs) for ours, theirs in pairs], config.bootstrap_samples),
-            "length": interval([float(len(r.completion_ids)) for r in written], config.bootstrap_samples),
+            "length": interval([float(c.usage.completion_tokens) for c, _ in written], config.bootstrap_samples),
         }
         scored = [tokens for a, tokens in zip(fixed.answers, logprobs, strict=True) if a.prompt.split == split]
         if scored:

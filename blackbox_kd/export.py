@@ -31,6 +31,7 @@ DATASETS = {
 
 def run(corpus: Path, out: Path) -> dict[str, int]:
     """Write the files; rows by file name. A data set without rows is not written."""
+    _, tables = query(corpus, "SELECT table_name FROM duckdb_tables() ORDER BY ALL")
     (out / "tables").mkdir(parents=True, exist_ok=True)
     written = {}
     for name, select in DATASETS.items():
@@ -40,7 +41,6 @@ def run(corpus: Path, out: Path) -> dict[str, int]:
                 target.unlink()
             else:
                 written[target.name] = rows
-    _, tables = query(corpus, "SELECT table_name FROM duckdb_tables() ORDER BY ALL")
     for (table,) in tables:
         written[f"tables/{table}.parquet"] = export(
             corpus, f"SELECT * FROM {table}", out / "tables" / f"{table}.parquet"

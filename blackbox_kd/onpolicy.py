@@ -21,7 +21,7 @@ from blackbox_kd.hashing import file_hash, phase_seed
 from blackbox_kd.model_card import write_card
 from blackbox_kd.progress import say
 from blackbox_kd.project import Project, stage_main
-from blackbox_kd.rollout import roll_out
+from blackbox_kd.rollout import Writer
 from blackbox_kd.student.student import ADAPTER_FILE, Student
 from blackbox_kd.student.update import Updater
 from blackbox_kd.types import Prompt, TrainSample
@@ -49,18 +49,17 @@ async def run(project: Project) -> dict[str, Any]:
     algorithm = loop.algorithm.build(project.teacher, student.renderer)
     rounds: dict[str, dict[str, float]] = {}
     for round_ in range(done, loop.rounds + 1):
-        prompts = draw(project, round_)
-        rollouts = roll_out(
-            student,
-            prompts,
-            loop.sampling,
+        writer = Writer(
+            student=student,
+            sampling=loop.sampling,
             purpose="rollout",
-            round_=round_,
+            round=round_,
             seed=phase_seed(config.seed, round_, "rollout"),
             batch_size=loop.rollout_batch_size,
             corpus=project.corpus,
             run_id=project.run_id,
         )
+        rollouts = writer.rollouts(draw(project, round_))
         outcome = await algorithm.feedback(rollouts, round_)
         project.corpus.add_feedback(outcome.feedback, round_=round_, run_id=project.run_id)
         check(outcome, loop.max_failed_feedback)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.errors import AlignmentError
@@ -21,99 +22,113 @@ from blackbox_kd.types import (
 )
 
 
-def roll_out(
-    student: Student,
-    prompts: Sequence[Prompt],
-    sampling: SamplingParams,
-    *,
-    purpose: Purpose,
-    round_: int,
-    seed: int,
-    batch_size: int,
-    corpus: Corpus,
-    run_id: str,
-) -> list[Rollout]:
-    """One completion for each prompt that fits into `student.max_length`, in order.
+@dataclass(frozen=True, kw_only=True)
+class Writer:
+    """A student that writes under one setting; what it wrote before is read back."""
 
-    The behaviour log-probs come from a forward pass in eval mode, as the update computes them.
-    """
-    rendered = {prompt.prompt_id: student.renderer.prompt(prompt.messages) for prompt in prompts}
-    longest = student.config.max_length - sampling.max_completion_length
-    fitting = [prompt for prompt in prompts if len(rendered[prompt.prompt_id]) <= longest]
-    if len(fitting) < len(prompts):
-        say(f"{len(prompts) - len(fitting)} prompts are longer than student.max_length allows; they are left out")
-    requests = [_request(student, prompt, sampling, purpose, seed) for prompt in fitting]
-    known = corpus.answers([request.request_key for request in requests])
-    todo = [(p, r) for p, r in zip(fitting, requests, strict=True) if r.request_key not in known]
-    if todo:
-        corpus.add_requests([request for _, request in todo])
+    student: Student
+    sampling: SamplingParams
+    purpose: Purpose
+    round: int
+    seed: int
+    """Of the draws; it is part of the request at a temperature above 0."""
+    batch_size: int
+    corpus: Corpus
+    run_id: str
+
+    def answers(self, prompts: Sequence[Prompt], *, scored: bool = False) -> list[tuple[Prompt, Completion]]:
+        """One completion for each prompt that fits into `student.max_length`, in order.
+
+        `scored` stores the drawn tokens with their log-probs, from a forward pass in eval mode as the update's.
+        """
+        student = self.student
+        prompt_ids = {prompt.prompt_id: student.renderer.prompt(prompt.messages) for prompt in prompts}
+        longest = student.config.max_length - self.sampling.max_completion_length
+        fitting = [prompt for prompt in prompts if len(prompt_ids[prompt.prompt_id]) <= longest]
+        if len(fitting) < len(prompts):
+            say(f"{len(prompts) - len(fitting)} prompts are longer than student.max_length allows; they are left out")
+        requests = [self._request(prompt) for prompt in fitting]
+        known = self.corpus.answers([request.request_key for request in requests])
+        todo = [(p, r) for p, r in zip(fitting, requests, strict=True) if r.request_key not in known]
+        if todo:
+            self.corpus.add_requests([request for _, request in todo])
+            written = self._write([(request, prompt_ids[prompt.prompt_id]) for prompt, request in todo], scored)
+            by = scorer(student.config.model, student.policy)
+            self.corpus.add_completions(written, scorer=by, run_id=self.run_id)
+            known |= {completion.request_key: [completion] for completion in written}
+        return [(p, known[r.request_key][0]) for p, r in zip(fitting, requests, strict=True)]
+
+    def rollouts(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """Scored answers with their tokens.
+
+        Raises:
+            AlignmentError: stored tokens that do not spell the stored text.
+        """
+        return [self._rollout(prompt, completion) for prompt, completion in self.answers(prompts, scored=True)]
+
+    def _request(self, prompt: Prompt) -> Request:
+        body = {
+            "model": self.student.config.model,
+            "policy": self.student.policy,
+            "messages": prompt.messages,
+            "temperature": self.sampling.temperature,
+            "top_p": self.sampling.top_p,
+            "max_tokens": self.sampling.max_completion_length,
+        }
+        if self.sampling.temperature > 0:
+            body["seed"] = self.seed
+        return Request(purpose=self.purpose, endpoint="generate", body=body, prompt_id=prompt.prompt_id)
+
+    def _write(self, todo: Sequence[tuple[Request, list[int]]], scored: bool) -> list[Completion]:
+        student = self.student
         drawn = student.generate(
-            [rendered[prompt.prompt_id] for prompt, _ in todo],
-            sampling,
-            batch_size=batch_size,
-            seed=seed,
-            description=f"student writes ({purpose})",
+            [prompt_ids for _, prompt_ids in todo],
+            self.sampling,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            description=f"student writes ({self.purpose})",
         )
-        rows = [student.renderer.join(rendered[p.prompt_id], ids) for (p, _), ids in zip(todo, drawn, strict=True)]
-        logprobs = student.logprobs(rows, batch_size=batch_size)
-        written = [
-            _completion(student, request, len(rendered[prompt.prompt_id]), ids, values, round_)
-            for (prompt, request), ids, values in zip(todo, drawn, logprobs, strict=True)
+        tokens: list[list[TokenLogprob] | None] = [None] * len(drawn)
+        if scored:
+            rows = [student.renderer.join(prompt_ids, ids) for (_, prompt_ids), ids in zip(todo, drawn, strict=True)]
+            scores = student.logprobs(rows, batch_size=self.batch_size)
+            tokens = [self._tokens(ids, values) for ids, values in zip(drawn, scores, strict=True)]
+        return [
+            self._completion(request, len(prompt_ids), ids, logprobs)
+            for (request, prompt_ids), ids, logprobs in zip(todo, drawn, tokens, strict=True)
         ]
-        corpus.add_completions(written, scorer=scorer(student.config.model, student.policy), run_id=run_id)
-        known |= {completion.request_key: [completion] for completion in written}
-    return [
-        _rollout(student, prompt, known[request.request_key][0], rendered[prompt.prompt_id])
-        for prompt, request in zip(fitting, requests, strict=True)
-    ]
 
+    def _tokens(self, ids: list[int], logprobs: list[float]) -> list[TokenLogprob]:
+        if len(ids) != len(logprobs):
+            raise AlignmentError(f"{len(logprobs)} log-probs for {len(ids)} drawn tokens")
+        texts = [self.student.tokenizer.decode([i]) for i in ids]
+        return [TokenLogprob(token=t, id=i, logprob=v) for t, i, v in zip(texts, ids, logprobs, strict=True)]
 
-def _request(student: Student, prompt: Prompt, sampling: SamplingParams, purpose: Purpose, seed: int) -> Request:
-    body = {
-        "model": student.config.model,
-        "policy": student.policy,
-        "messages": prompt.messages,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "max_tokens": sampling.max_completion_length,
-    }
-    if sampling.temperature > 0:
-        body["seed"] = seed
-    return Request(purpose=purpose, endpoint="generate", body=body, prompt_id=prompt.prompt_id)
+    def _completion(
+        self, request: Request, prompt_tokens: int, ids: list[int], logprobs: list[TokenLogprob] | None
+    ) -> Completion:
+        return Completion(
+            request_key=request.request_key,
+            prompt_id=request.prompt_id,
+            author="student",
+            model=request.model,
+            policy=self.student.policy,
+            round=self.round,
+            text=self.student.renderer.decode(ids),
+            finish_reason="stop" if ids[-1:] == [self.student.renderer.end_id] else "length",
+            usage=Usage(prompt_tokens=prompt_tokens, completion_tokens=len(ids)),
+            logprobs=logprobs,
+        )
 
-
-def _completion(
-    student: Student, request: Request, prompt_tokens: int, ids: list[int], logprobs: list[float], round_: int
-) -> Completion:
-    if len(ids) != len(logprobs):
-        raise AlignmentError(f"{len(logprobs)} log-probs for {len(ids)} drawn tokens")
-    tokens = [
-        TokenLogprob(token=student.tokenizer.decode([i]), id=i, logprob=value)
-        for i, value in zip(ids, logprobs, strict=True)
-    ]
-    return Completion(
-        request_key=request.request_key,
-        prompt_id=request.prompt_id,
-        author="student",
-        model=request.model,
-        policy=student.policy,
-        round=round_,
-        text=student.renderer.decode(ids),
-        finish_reason="stop" if ids[-1:] == [student.renderer.end_id] else "length",
-        usage=Usage(prompt_tokens=prompt_tokens, completion_tokens=len(ids)),
-        logprobs=tokens,
-    )
-
-
-def _rollout(student: Student, prompt: Prompt, completion: Completion, prompt_ids: list[int]) -> Rollout:
-    tokens = completion.logprobs or []
-    ids = [token.id if token.id is not None else -1 for token in tokens]
-    if student.renderer.decode(ids) != completion.text:
-        raise AlignmentError(f"the stored tokens of rollout {completion.completion_id} do not spell its text")
-    return Rollout(
-        prompt=prompt,
-        completion=completion,
-        prompt_ids=prompt_ids,
-        completion_ids=ids,
-        logprobs=[token.logprob for token in tokens],
-    )
+    def _rollout(self, prompt: Prompt, completion: Completion) -> Rollout:
+        tokens = completion.logprobs or []
+        ids = [token.id if token.id is not None else -1 for token in tokens]
+        if len(ids) != completion.usage.completion_tokens or self.student.renderer.decode(ids) != completion.text:
+            raise AlignmentError(f"the stored tokens of rollout {completion.completion_id} do not spell its text")
+        return Rollout(
+            prompt=prompt,
+            completion=completion,
+            prompt_ids=self.student.renderer.prompt(prompt.messages),
+            completion_ids=ids,
+            logprobs=[token.logprob for token in tokens],
+        )

@@ -199,8 +199,6 @@ def query(path: Path, sql: str, *, wait_s: float = 10.0) -> tuple[list[str], lis
     Raises:
         CorpusError: no such file, held open by a writer for longer than `wait_s`, or what DuckDB says of the SQL.
     """
-    if not path.exists():
-        raise CorpusError(f"no corpus {str(path)!r}: run a stage first, or name one with --corpus")
     con = _open(path, read_only=True, wait_s=wait_s)
     try:
         con.execute(sql)
@@ -231,6 +229,8 @@ def _is_locked(error: BaseException) -> bool:
 
 def _open(path: Path, *, read_only: bool, wait_s: float) -> duckdb.DuckDBPyConnection:
     """Open the file, waiting while another process holds it."""
+    if read_only and not path.exists():
+        raise CorpusError(f"no corpus {str(path)!r}: run a stage first, or name one with --corpus")
     retry = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_is_locked),
         wait=tenacity.wait_random(0.02, 0.1),
