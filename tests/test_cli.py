@@ -120,7 +120,9 @@ def test_debug_shows_the_traceback(project_file: Path) -> None:
         main(["sample", "--config", str(project_file), "--debug", "--prompts.path", "nowhere"])
 
 
-def test_wrong_sql_is_one_line(write_jsonl: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_sql_is_one_line(
+    write_jsonl: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from blackbox_kd.corpus import Corpus
 
     corpus = Corpus(tmp_path / "c.duckdb")

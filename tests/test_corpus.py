@@ -59,8 +59,9 @@ def stored(corpus: Corpus, table: str) -> int:
 
 
 def everything(corpus: Corpus) -> dict[str, list[tuple[Any, ...]]]:
-    tables = [name for (name,) in corpus.rows("SELECT table_name FROM duckdb_tables() ORDER BY ALL")]
-    return {name: corpus.rows(f"SELECT {name}::VARCHAR FROM {name} ORDER BY ALL") for name in tables}
+    with corpus.connect() as con:
+        tables = [name for (name,) in con.execute("SELECT table_name FROM duckdb_tables() ORDER BY ALL").fetchall()]
+        return {name: con.execute(f"SELECT {name}::VARCHAR FROM {name} ORDER BY ALL").fetchall() for name in tables}
 
 
 # --- what is ingested
@@ -434,11 +435,11 @@ def test_every_column_of_the_schema_has_a_comment_and_is_in_the_file(corpus: Cor
                 assert comment, f"{table}.{column} has no comment"
                 written.append((table, column))
     with corpus.connect() as con:
-        made = con.sql(
-            "SELECT table_name, column_name FROM duckdb_columns() JOIN duckdb_tables() USING (table_oid) "
-            "ORDER BY table_oid, column_index"
+        made = con.execute(
+            "SELECT table_name, column_name FROM duckdb_columns() "
+            "WHERE table_name IN (SELECT table_name FROM duckdb_tables()) ORDER BY table_name, column_index"
         ).fetchall()
-    assert made == written
+    assert made == sorted(written, key=lambda pair: pair[0])
     assert {table for table, _ in written} == {
         "meta", "runs", "prompts", "requests", "attempts", "completions", "logprobs", "vocab", "feedback", "metrics",
         "dead_letters",
@@ -544,7 +545,7 @@ def test_a_query_of_no_corpus_says_what_to_do(tmp_path: Path) -> None:
 def test_rows_are_exported_to_parquet_and_json_lines(corpus: Corpus, tmp_path: Path) -> None:
     sampled(corpus)
     select = "SELECT text, model FROM teacher_rows WHERE model = 'm' ORDER BY text"
-    assert export(corpus.path, select, tmp_path / "it's.parquet") == 3
+    assert export(corpus.path, select, tmp_path / "it's.parquet") == 3  # good, good too, other context
     assert duckdb.sql(f"SELECT text FROM '{tmp_path}/it''s.parquet'").fetchall()[0] == ("good",)
     assert export(corpus.path, select, tmp_path / "rows.jsonl") == 3
     assert (tmp_path / "rows.jsonl").read_text().splitlines()[0] == '{"text":"good","model":"m"}'

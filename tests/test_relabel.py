@@ -103,7 +103,11 @@ def test_a_later_round_draws_anew(corpus: Corpus, renderer: Renderer) -> None:
 def test_a_reply_that_cannot_be_used_drops_its_rollout(corpus: Corpus, renderer: Renderer) -> None:
     rollouts = [rollout(renderer, text, "x") for text in ("empty", "full")]
     outcome = feedback(
-        corpus, renderer, rollouts, "{% if 'full' in text %}fine{% else %}  {% endif %}", template="prompts/rewrite.md.j2"
+        corpus,
+        renderer,
+        rollouts,
+        "{% if 'full' in text %}fine{% else %}  {% endif %}",
+        template="prompts/rewrite.md.j2",
     )
     assert (outcome.asked, outcome.failed, len(outcome.samples), len(outcome.feedback)) == (2, 1, 1, 1)
 

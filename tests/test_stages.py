@@ -108,7 +108,9 @@ def test_sft_learns_the_answers_and_keeps_dev_apart(project_file: Path) -> None:
     assert not (project_file.parent / "run" / "trainer").exists()
 
 
-def test_sft_that_was_killed_goes_on_from_its_last_epoch(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sft_that_was_killed_goes_on_from_its_last_epoch(
+    project_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = project_file.parent
     stretch = ["--sft.early_stopping_patience", "5"]
     assert main(["sample", "--config", str(project_file)]) == 0

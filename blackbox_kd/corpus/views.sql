@@ -14,7 +14,7 @@ FROM completions c
 JOIN requests r USING (request_key)
 JOIN prompts p ON p.prompt_id = c.prompt_id
 WHERE c.author = 'teacher' AND r.purpose = 'sample' AND p.split = 'train' AND c.finish_reason = 'stop'
-  AND length(trim(c.text)) > 0;
+  AND regexp_matches(c.text, '\S');
 
 -- The sequence-level training set: the teacher and private prompt of the last run only.
 CREATE OR REPLACE VIEW sft AS

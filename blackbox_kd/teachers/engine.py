@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, aclosing, suppress
 from typing import Any
 
 import tenacity
@@ -27,6 +27,8 @@ DRAIN_S = 30.0
 """How long answers in flight are waited for after an interruption."""
 MAX_RATE_LIMIT_WAIT_S = 900.0
 """A request that meets nothing but 429 for so long fails."""
+SAY_WAIT_S = 5.0
+"""A pause at the gate that a person should know of."""
 FAILURES_TO_STOP = 8
 """Requests that fail one after the other, all retries spent, before the endpoint counts as gone."""
 
@@ -38,8 +40,10 @@ class Engine:
         self._config, self._corpus, self._run_id, self._author = config, corpus, run_id, author
         self._stack = AsyncExitStack()
         self._transport: Transport | None = None
+        self._open: list[_Batch] = []
         self._gate = 0.0  # monotonic time before which nothing is sent
-        self._limited = 0  # 429s in a row
+        self._gate_closed = 0.0  # when it was closed last
+        self._limited = 0  # times in a row that it was
         self.asked = 0
         self.cached = 0
         self.missing_logprobs = 0
@@ -48,6 +52,8 @@ class Engine:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
+        for batch in self._open:  # left behind by a caller who walked away from `complete`
+            await batch.drain()
         await self._stack.aclose()
 
     async def complete(
@@ -77,27 +83,26 @@ class Engine:
             return
         if self._transport is None:
             self._transport = await self._stack.enter_async_context(self._config.connect())
-        async for completion in self._ask_all(todo, round_, description):
-            yield completion
+        async with aclosing(self._ask_all(todo, round_, description)) as answers:
+            async for completion in answers:
+                yield completion
 
-    async def _ask_all(self, todo: list[Request], round_: int, description: str) -> AsyncIterator[Completion]:
+    async def _ask_all(self, todo: list[Request], round_: int, description: str) -> AsyncGenerator[Completion, None]:
         batch = _Batch(todo)
         with Writer(self._corpus) as writer, counting(description, len(todo)) as progress:
-            workers = [
+            self._open.append(batch)
+            batch.workers = [
                 asyncio.create_task(self._work(batch, writer, round_))
                 for _ in range(min(self._config.concurrency, len(todo)))
             ]
             try:
-                async for completions in batch.results(workers):
+                async for completions in batch.results():
                     progress.advance(note=f"({batch.failed} failed)" if batch.failed else "")
                     for completion in completions:
                         yield completion
-            finally:
-                batch.stopped = True
-                # Whatever ends the loop, what is in flight is paid for: wait for it and keep it.
-                _, late = await asyncio.wait(workers, timeout=DRAIN_S)
-                for worker in late:
-                    worker.cancel()
+            finally:  # whatever ends the loop, what is in flight is paid for: wait for it and keep it
+                await batch.drain()
+                self._open.remove(batch)
         if batch.error:
             raise batch.error
         if batch.failed:
@@ -106,13 +111,15 @@ class Engine:
     async def _work(self, batch: _Batch, writer: Writer, round_: int) -> None:
         for request in batch:
             try:
-                completions = await self._ask(request, writer, round_)
+                completions = await self._ask(request, batch, writer, round_)
             except RequestRejected as error:
                 say(f"dead letter: {error}")
                 completions = []
             except (TransientError, RateLimited) as error:
                 batch.fail(error)
                 completions = []
+            except _Stopped:
+                return
             except BaseException as error:
                 batch.stop(error)
                 raise
@@ -120,7 +127,7 @@ class Engine:
                 batch.in_a_row = 0
             await batch.queue.put(completions)
 
-    async def _ask(self, request: Request, writer: Writer, round_: int) -> list[Completion]:
+    async def _ask(self, request: Request, batch: _Batch, writer: Writer, round_: int) -> list[Completion]:
         """One request until it is answered, rejected, or has failed too often."""
         started, transient = time.monotonic(), 0
 
@@ -143,13 +150,14 @@ class Engine:
             retry=tenacity.retry_if_exception_type((TransientError, RateLimited)),
             stop=spent,
             wait=wait,
+            sleep=batch.sleep,
             reraise=True,
         )
-        return await retrying(self._attempt, request, writer, round_)
+        return await retrying(self._attempt, request, batch, writer, round_)
 
-    async def _attempt(self, request: Request, writer: Writer, round_: int) -> list[Completion]:
+    async def _attempt(self, request: Request, batch: _Batch, writer: Writer, round_: int) -> list[Completion]:
         """One HTTP call; its outcome is in the journal before it is anybody's."""
-        await self._pass_gate()
+        await self._pass_gate(batch)
         assert self._transport is not None
         identity = {
             "attempt_id": str(uuid.uuid4()),
@@ -171,7 +179,7 @@ class Engine:
             outcome = {"billed": None if error.status in (None, 200) else False, "status": error.status,
                        "error": str(error), "retry_after_s": error.retry_after_s}  # fmt: skip
             dead = isinstance(error, RequestRejected)
-            self._learn(error)
+            self._learn(error, clock)
             raise
         except BaseException as error:
             outcome = {"error": f"interrupted: {type(error).__name__}"}
@@ -186,18 +194,28 @@ class Engine:
         return completions
 
     def _cost(self, usage: Usage) -> float | None:
-        return self._config.price.cost(usage) if self._config.price else None
+        """None where the price is not known, or the reply does not say how much was used."""
+        return self._config.price.cost(usage) if self._config.price and usage != Usage() else None
 
-    async def _pass_gate(self) -> None:
-        while (left := self._gate - time.monotonic()) > 0:  # noqa: ASYNC110  (a time that moves, not an event)
-            await asyncio.sleep(left)
+    async def _pass_gate(self, batch: _Batch) -> None:
+        if batch.stopped:
+            raise _Stopped
+        while (left := self._gate - time.monotonic()) > 0:
+            await batch.sleep(left)
 
-    def _learn(self, error: TeacherError) -> None:
+    def _learn(self, error: TeacherError, sent: float) -> None:
         """A 429 closes the gate for everybody, for as long as the endpoint asks or twice as long as the last time."""
-        if isinstance(error, RateLimited):
-            wait_s = error.retry_after_s if error.retry_after_s is not None else min(30.0, 0.5 * 2**self._limited)
+        if not isinstance(error, RateLimited):
+            return
+        wait_s, now = error.retry_after_s, time.monotonic()
+        if not wait_s:
+            if sent < self._gate_closed:
+                return  # one of a burst that closed the gate already
+            wait_s = min(30.0, 0.5 * 2**self._limited)
             self._limited = min(self._limited + 1, 6)
-            self._gate = max(self._gate, time.monotonic() + wait_s)
+        if wait_s >= SAY_WAIT_S and now + wait_s > self._gate + SAY_WAIT_S:
+            say(f"rate limit: the teacher wants a pause of {wait_s:.0f} s")
+        self._gate, self._gate_closed = max(self._gate, now + wait_s), now
 
     def _count_missing_logprobs(self, request: Request, completions: list[Completion]) -> None:
         if request.body.get("logprobs") and any(c.text and not c.logprobs for c in completions):
@@ -206,13 +224,18 @@ class Engine:
                 say(f"{request.model} was asked for logprobs and gave none; the text is kept, soft labels will lack")
 
 
+class _Stopped(Exception):
+    """Nothing more is sent: the batch has ended."""
+
+
 class _Batch:
     """The shared state of the workers on one list of requests."""
 
     def __init__(self, todo: Sequence[Request]) -> None:
         self._todo = iter(todo)
+        self.workers: list[asyncio.Task[None]] = []
         self.queue: asyncio.Queue[list[Completion]] = asyncio.Queue()
-        self.stopped = False
+        self._ended = asyncio.Event()
         self.error: BaseException | None = None
         self.failed = 0
         self.in_a_row = 0
@@ -225,6 +248,28 @@ class _Batch:
             except StopIteration:
                 return
 
+    @property
+    def stopped(self) -> bool:
+        """Whether nothing more is admitted."""
+        return self._ended.is_set()
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait, unless the batch ends meanwhile."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._ended.wait()
+        if self.stopped:
+            raise _Stopped
+
+    async def drain(self) -> None:
+        """Admit nothing more and wait for what is in flight, but not for ever."""
+        self._ended.set()
+        _, late = await asyncio.wait(self.workers, timeout=DRAIN_S)
+        for worker in late:
+            worker.cancel()
+        if late:
+            await asyncio.wait(late)
+
     def fail(self, error: TeacherError) -> None:
         self.failed += 1
         self.in_a_row += 1
@@ -234,12 +279,12 @@ class _Batch:
 
     def stop(self, error: BaseException) -> None:
         """Admit nothing more; the first error is the one that counts."""
-        self.stopped = True
+        self._ended.set()
         self.error = self.error or error
 
-    async def results(self, workers: Sequence[asyncio.Task[None]]) -> AsyncIterator[list[Completion]]:
+    async def results(self) -> AsyncIterator[list[Completion]]:
         """What arrives, until all workers are done."""
-        ended = asyncio.gather(*workers, return_exceptions=True)
+        ended = asyncio.gather(*self.workers, return_exceptions=True)
         while not (ended.done() and self.queue.empty()):
             getter = asyncio.ensure_future(self.queue.get())
             try:

@@ -70,10 +70,10 @@ async def check_reachable(base_url: str, key: str | None, headers: Mapping[str, 
     ):
         try:
             await client.models.list()
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+        except openai.AuthenticationError as error:
             raise TeacherRefused(f"{base_url} does not accept the key: HTTP {error.status_code}") from error
         except openai.APIStatusError:
-            return  # an endpoint without /models, or a busy one: somebody answers
+            return  # no /models, a key that may ask but not list (403), or a busy endpoint: somebody answers
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
             raise TeacherUnreachable(f"no teacher answers at {base_url} ({cause}); check teacher.base_url") from error

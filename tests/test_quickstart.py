@@ -1,0 +1,125 @@
+"""The main job with the real teacher (llama.cpp's server) and the real student (SmolLM2), killed on its way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blackbox_kd.corpus import query
+
+SMALL = [
+    "--prompts.limits", "{train: 10, heldout: 4, ood: 2, holdback: 2}",
+    "--sample.max_prompts", "6",
+    "--sft.dev_fraction", "0.3",
+    "--sft.trainer.num_train_epochs", "2",
+    "--onpolicy.rounds", "1",
+    "--onpolicy.prompts_per_round", "4",
+    "--onpolicy.update.max_steps", "1",
+]  # fmt: skip
+
+
+def command(folder: Path) -> list[str]:
+    return [sys.executable, "-m", "blackbox_kd", "run", "--config", "quickstart", "--run_dir", str(folder), *SMALL]
+
+
+def environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+
+
+def rows(folder: Path, sql: str) -> list[tuple[Any, ...]]:
+    return query(folder / "corpus.duckdb", sql)[1]
+
+
+def answers(folder: Path) -> int:
+    if not (folder / "corpus.duckdb").exists():
+        return 0
+    return int(rows(folder, "select count(*) from completions")[0][0])
+
+
+def servers() -> set[int]:
+    """Processes that serve a local teacher."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if b"blackbox_kd.teachers.local_server" in path.read_bytes():
+                found.add(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_the_main_job_survives_a_kill_and_then_asks_nothing_twice(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    others = servers()
+    first = subprocess.Popen(command(folder), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while answers(folder) < 2:
+        assert first.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    deadline = time.monotonic() + 10
+    while servers() - others:
+        assert time.monotonic() < deadline, "the teacher outlived the run"
+        time.sleep(0.1)
+    kept = answers(folder)
+
+    second = subprocess.run(command(folder), env=environment(), capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr
+    assert "round-1" in second.stdout
+    # 6 train answers, 6 fixed prompts x 2, 4 rewrites: each is there once, and at most 4 were in flight at the kill
+    assert rows(folder, "select count(*), count(distinct request_key) from completions where author = 'teacher'") == [
+        (22, 22)
+    ]
+    ((billed, unknown),) = rows(
+        folder, "select count(*) filter (billed), count(*) filter (billed is null) from attempts"
+    )
+    assert billed == 22
+    assert unknown <= 4
+    assert kept >= 2
+
+    summary = json.loads((folder / "summary.json").read_text())
+    heldout = {c["name"]: c["metrics"] for c in summary["checkpoints"] if c["split"] == "heldout"}
+    assert list(heldout) == ["base", "sft", "round-1"]
+    assert heldout["sft"]["teacher_nll"]["value"] < heldout["base"]["teacher_nll"]["value"]
+    assert heldout["round-1"]["teacher_nll"]["value"] != heldout["sft"]["teacher_nll"]["value"]
+
+    third = subprocess.run(command(folder), env=environment(), capture_output=True, text=True, check=False)
+    assert third.returncode == 0, third.stderr
+    assert "the teacher was asked nothing" in third.stderr
+    assert "starting the local teacher" not in third.stderr
+    assert json.loads((folder / "summary.json").read_text()) == summary
+
+
+@pytest.mark.slow
+def test_the_adapter_loads_as_its_card_says(tmp_path: Path) -> None:
+    import torch
+
+    from blackbox_kd.config import StudentConfig
+    from blackbox_kd.student.load import model_source
+    from blackbox_kd.student.student import Student
+    from tests.conftest import GGUF
+
+    student = Student(StudentConfig(model=GGUF, device="cpu"))
+    student.save(tmp_path)
+
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model_source(GGUF), dtype=torch.float32)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == model_source(GGUF)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path)
+    ids = torch.tensor([student.renderer.prompt([{"role": "user", "content": "Hello"}])])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, student.model(ids).logits)
+    assert student.tokenizer.decode(ids[0]).endswith("<|im_start|>assistant\n")
