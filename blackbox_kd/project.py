@@ -118,15 +118,16 @@ class Project:
         config = self.config
         self.prompts: dict[Split, list[Prompt]] = load_prompts(config.prompts)
         config.teacher.check()
-        self.run_dir = self._stack.enter_context(RunDir(config.run_dir))
-        self.corpus = Corpus(config.corpus_path)
-        self.teacher = Teacher(config.teacher, self.corpus, self.run_dir.run_id)
-        resolved = config.model_dump(mode="json") | {"corpus": str(config.corpus_path)}
-        self.run_dir.save_config(resolved)
-        self.corpus.add_run(
-            self.run_id, config.run_dir, resolved, config.teacher.model, self.teacher.context.context_hash
-        )
-        self.corpus.add_prompts(prompt for prompts in self.prompts.values() for prompt in prompts)
+        with ExitStack() as stack:  # lets go of the run directory where the rest cannot be opened
+            self.run_dir = stack.enter_context(RunDir(config.run_dir))
+            self.corpus = Corpus(config.corpus_path)
+            self.teacher = Teacher(config.teacher, self.corpus, self.run_dir.run_id, draws=config.sample.n)
+            resolved = config.model_dump(mode="json") | {"corpus": str(config.corpus_path)}
+            self.run_dir.save_config(resolved)
+            context_hash = self.teacher.context.context_hash
+            self.corpus.add_run(self.run_id, config.run_dir, resolved, config.teacher.model, context_hash)
+            self.corpus.add_prompts(prompt for prompts in self.prompts.values() for prompt in prompts)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

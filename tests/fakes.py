@@ -72,7 +72,7 @@ Handler = Callable[[dict[str, Any], web.Request], "Answer | Awaitable[Answer]"]
 class FakeAPI:
     """Counts what it is asked; each reply is made by `handler(body, request)` (a dict is a 200 chat completion).
 
-    `models_status` other than 200 is what /models answers instead of its list.
+    `models_reply()` is what /models answers instead of its list.
     """
 
     def __init__(
@@ -81,10 +81,10 @@ class FakeAPI:
         *,
         key: str | None = None,
         delay_s: float = 0.0,
-        models_status: int = 200,
+        models_reply: Callable[[], web.Response] | None = None,
     ) -> None:
         self.handler = handler or (lambda body, request: chat_reply(f"echo {body['messages'][-1]['content']}"))
-        self.key, self.delay_s, self.models_status = key, delay_s, models_status
+        self.key, self.delay_s, self.models_reply = key, delay_s, models_reply
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.arrivals: list[float] = []
@@ -105,8 +105,8 @@ class FakeAPI:
         self.models_asked += 1
         if not self._allowed(request):
             return error_reply(401, "Incorrect API key", "invalid_api_key")
-        if self.models_status != 200:
-            return error_reply(self.models_status)
+        if self.models_reply:
+            return self.models_reply()
         return web.json_response({"object": "list", "data": [{"id": "m", "object": "model"}]})
 
     async def chat(self, request: web.Request) -> web.StreamResponse:

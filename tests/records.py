@@ -51,9 +51,7 @@ def answered(*completions: Completion, scorer: str = f"m@{CONTEXT}", **changes: 
 
 
 def sent(to: Attempt) -> Sent:
-    return Sent(
-        attempt_id=to.attempt_id, request_key=to.request_key, run_id=to.run_id, attempted_at=to.attempted_at
-    )
+    return Sent(attempt_id=to.attempt_id, request_key=to.request_key, run_id=to.run_id, attempted_at=to.attempted_at)
 
 
 def token(text: str, logprob: float, *top: tuple[str, float], **changes: Any) -> TokenLogprob:

@@ -187,7 +187,7 @@ def test_a_missing_config_file_lists_the_shipped_names() -> None:
 def test_a_file_that_is_no_config_is_one_line(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="bad.yaml: ") as caught:
+    with pytest.raises(ConfigError, match=r"bad\.yaml: ") as caught:
         load_config(Config, str(path))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -267,7 +267,7 @@ def test_every_key_has_one_line_of_help_with_its_default() -> None:
 
 def test_validate_names_its_source() -> None:
     data: dict[str, Any] = yaml.safe_load(MINIMAL) | {"seed": "x"}
-    with pytest.raises(ConfigError, match="^the test: seed: "):
+    with pytest.raises(ConfigError, match=r"^the test: seed: "):
         validate(Config, data, "the test")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -38,6 +39,17 @@ from tests.records import (
 LN2 = math.log(2)
 SCHEMA = resources.files("blackbox_kd.corpus").joinpath("schema.sql").read_text("utf-8")
 OTHER_RUN = "00000000-0000-4000-8000-000000000002"
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Corpus(tmp_path_factory.mktemp("empty") / "corpus.duckdb").path
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, empty: Path) -> Corpus:
+    """A copy of an empty corpus: half the time of a new one."""
+    return Corpus(Path(shutil.copy(empty, tmp_path / "corpus.duckdb")), lock_wait_s=5.0)
 
 
 def store(corpus: Corpus, *completions: Completion, asked: list[Request] | None = None, **changes: Any) -> None:
@@ -120,7 +132,7 @@ def test_opening_a_corpus_replays_the_journal_and_clears_it(corpus: Corpus) -> N
 
 def test_one_bad_record_leaves_nothing_of_its_batch(corpus: Corpus) -> None:
     with pytest.raises(CorpusError, match=re.escape(str(corpus.path))):
-        corpus.try_ingest([answered(), answered(completion(text="b"), run_id="no uuid")])
+        corpus.try_ingest([answered(), answered(completion(choice_idx=1, text="b", prompt_id="no uuid"))])
     assert stored(corpus, "attempts") == stored(corpus, "completions") == 0
 
 
@@ -186,8 +198,8 @@ def test_of_several_scorers_a_completion_comes_back_with_its_authors(corpus: Cor
 
 
 def logprobs_row(corpus: Corpus) -> dict[str, Any]:
-    with corpus.connect() as con:
-        return dict(zip((c[0] for c in con.sql("FROM logprobs").description), con.sql("FROM logprobs").fetchall()[0], strict=True))  # fmt: skip
+    columns, [row] = query(corpus.path, "FROM logprobs")
+    return dict(zip(columns, row, strict=True))
 
 
 def test_flat_lists_hold_the_alternatives_row_by_row_with_gaps_where_fewer_were_shown(corpus: Corpus) -> None:
@@ -212,7 +224,8 @@ def test_the_sentinel_of_an_endpoint_is_null_and_counts_as_no_mass(corpus: Corpu
     assert row["missing_mass"] == pytest.approx([0.75], abs=1e-6)
     [read] = corpus.answers([request().request_key])[request().request_key]
     assert read.logprobs is not None
-    assert [t.logprob for t in (read.logprobs[0], *read.logprobs[0].top_logprobs)] == [-9999.0, pytest.approx(-1.386), -9999.0]  # fmt: skip
+    assert read.logprobs[0].logprob == -9999.0
+    assert [t.logprob for t in read.logprobs[0].top_logprobs] == [pytest.approx(-1.386), -9999.0]
 
 
 def test_missing_mass_is_never_below_zero(corpus: Corpus) -> None:
@@ -238,7 +251,11 @@ def test_tokens_without_ids_keep_their_invented_id_over_connections(corpus: Corp
 
 
 def test_the_same_text_with_other_bytes_is_another_token(corpus: Corpus) -> None:
-    halves = [token("\ufffd", -1.0, bytes=[0xC3]), token("\ufffd", -1.0, bytes=[0xA9]), token("\ufffd", -1.0, bytes=None)]
+    halves = [
+        token("\ufffd", -1.0, bytes=[0xC3]),
+        token("\ufffd", -1.0, bytes=[0xA9]),
+        token("\ufffd", -1.0, bytes=None),
+    ]
     store(corpus, completion(logprobs=halves))
     assert corpus.rows("SELECT bytes FROM vocab ORDER BY token_id DESC") == [(b"\xc3",), (b"\xa9",), (None,)]
     [read] = corpus.answers([request().request_key])[request().request_key]
@@ -376,8 +393,9 @@ def test_rollouts_and_pairs_show_what_the_student_wrote_and_what_became_of_it(co
     corpus.add_requests([drawn, rewrite])
     corpus.add_completions([wrote, unused], scorer="m@base", run_id=RUN_ID)
     corpus.try_ingest([answered(better)])
+    chosen = better.completion_id
     said = [
-        Feedback(completion_id=wrote.completion_id, kind="rewrite", scorer="m@x", target_completion_id=better.completion_id),
+        Feedback(completion_id=wrote.completion_id, kind="rewrite", scorer="m@x", target_completion_id=chosen),
         Feedback(completion_id=unused.completion_id, kind="grade", scorer="m@x", value=7.0, detail={"of": 9}),
     ]  # fmt: skip
     for _ in range(2):  # a round that is repeated says the same again
@@ -391,7 +409,6 @@ def test_rollouts_and_pairs_show_what_the_student_wrote_and_what_became_of_it(co
     assert corpus.rows("SELECT value, detail->>'of' FROM feedback WHERE kind = 'grade'") == [(7.0, "9")]
     corpus.add_feedback(said, round_=3, run_id=RUN_ID)
     assert stored(corpus, "feedback") == 4
-    assert corpus.counts() == [("relabel", 1), ("rollout", 2)]
 
 
 def test_the_logprob_views_have_a_row_for_each_token_and_alternative(corpus: Corpus) -> None:

@@ -14,13 +14,14 @@ import pytest
 from aiohttp import web
 
 from blackbox_kd.corpus import Corpus
+from blackbox_kd.corpus.journal import Answered, Segment, Sent
 from blackbox_kd.errors import TeacherError, TeacherRefused, TeacherUnreachable
 from blackbox_kd.prompts import PrivateContext
 from blackbox_kd.teachers.base import PriceConfig
 from blackbox_kd.teachers.engine import FAILURES_TO_STOP, Engine
 from blackbox_kd.teachers.openai import OpenAITeacherConfig
 from blackbox_kd.teachers.teacher import Teacher
-from blackbox_kd.types import Completion, Prompt, Request, SamplingParams, Usage
+from blackbox_kd.types import Attempt, Completion, Prompt, Request, SamplingParams, Usage
 from tests.conftest import RUN_ID
 from tests.fakes import Answer, FakeAPI, chat_reply, cut_short, error_reply, reset, served, unused_port
 
@@ -114,7 +115,7 @@ def test_an_answer_is_yielded_and_stored_with_its_call(corpus: Corpus) -> None:
     assert api.bodies == [question(1).body]
     assert corpus.answers([question(1).request_key]) == {question(1).request_key: answers}
     (answer,) = answers
-    assert (answer.text, answer.round, answer.author, answer.served_model) == ("echo Say 1", 2, "teacher", "served-model")
+    assert (answer.text, answer.round, answer.author) == ("echo Say 1", 2, "teacher")
     assert attempts(corpus, "request_key::VARCHAR, run_id::VARCHAR, status, error, prompt_tokens, billed") == [
         (question(1).request_key, RUN_ID, 200, None, 7, True)
     ]
@@ -145,23 +146,19 @@ def test_what_was_answered_is_not_asked_again_by_the_same_engine(corpus: Corpus)
     assert (engine.asked, engine.cached, api.models_asked) == (5, 3, 1)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"concurrency": 1}, {"timeout_s": 5.0}, {"extra_headers": {"x-team": "blue"}}, {"price": {"input": 1, "output": 1}}],
-)
-def test_another_engine_run_or_setting_asks_nothing_again(corpus: Corpus, options: dict[str, Any]) -> None:
+def test_another_engine_run_address_or_setting_asks_nothing_again_and_opens_nothing(corpus: Corpus) -> None:
     with served(FakeAPI()) as api:
         first, _ = ask(config(api.url), corpus, questions(3))
-        again, engine = ask(config(api.url, **options), corpus, questions(3), run_id=OTHER_RUN)
+    options = {
+        "concurrency": 1,
+        "timeout_s": 5.0,
+        "extra_headers": {"x-team": "blue"},
+        "price": {"input": 1, "output": 1},
+    }
+    elsewhere = config(f"http://127.0.0.1:{unused_port()}/v1", **options)
+    again, engine = ask(elsewhere, corpus, questions(3), run_id=OTHER_RUN)
     assert sorted(again, key=lambda c: c.text) == sorted(first, key=lambda c: c.text)
-    assert (len(api.bodies), engine.asked, engine.cached) == (3, 0, 3)
-
-
-def test_another_address_asks_nothing_again_and_is_not_even_opened(corpus: Corpus) -> None:
-    with served(FakeAPI()) as api:
-        ask(config(api.url), corpus, questions(3))
-    answers, _ = ask(config(f"http://127.0.0.1:{unused_port()}/v1"), corpus, questions(3))
-    assert texts(answers) == echoes(0, 1, 2)
+    assert (engine.asked, engine.cached) == (0, 3)
 
 
 def test_a_renamed_template_asks_nothing_again_and_an_edited_one_does(corpus: Corpus, tmp_path: Path) -> None:
@@ -219,10 +216,9 @@ def test_never_more_are_in_flight_than_allowed_and_all_slots_are_used(corpus: Co
 
 
 def test_retries_count_against_the_concurrency_too(corpus: Corpus) -> None:
-    replies = [lambda _: error_reply(500)] * 6
-    with served(first_then_echo(*replies)) as api:
+    with served(first_then_echo(*[lambda _: error_reply(500)] * 3)) as api:
         api.delay_s = 0.02
-        answers, _ = ask(config(api.url, concurrency=2, max_retries=6), corpus, questions(6))
+        answers, _ = ask(config(api.url, concurrency=2, max_retries=3), corpus, questions(6))
     assert len(answers) == 6
     assert api.most_in_flight == 2
 
@@ -230,13 +226,21 @@ def test_retries_count_against_the_concurrency_too(corpus: Corpus) -> None:
 # Failures that pass
 
 
-@pytest.mark.parametrize("status", [408, 409, 425, 500, 502, 503, 529])
-def test_a_passing_failure_is_asked_again_and_each_call_is_a_row(corpus: Corpus, status: int) -> None:
-    with served(first_then_echo(lambda _: error_reply(status, "try later"))) as api:
-        answers, _ = ask(config(api.url), corpus, [question(1)])
-    assert texts(answers) == echoes(1)
-    rows = attempts(corpus, "status, error, billed, completion_tokens")
-    assert rows == [(status, f"HTTP {status}: try later", False, 0), (200, None, True, 3)]
+def test_a_passing_failure_is_asked_again_and_each_call_is_a_row(corpus: Corpus) -> None:
+    statuses = [408, 409, 425, 500, 502, 503, 529]
+
+    def fails_first(body: dict[str, Any], _: web.Request) -> Answer:
+        text = body["messages"][-1]["content"]
+        status = statuses[int(text.removeprefix("Say "))]
+        return error_reply(status, "try later") if api.asked.count(text) == 1 else echo(body)
+
+    with served(FakeAPI(fails_first)) as api:
+        answers, _ = ask(config(api.url), corpus, questions(len(statuses)))
+    assert texts(answers) == echoes(*range(len(statuses)))
+    for request, status in zip(questions(len(statuses)), statuses, strict=True):
+        rows = corpus.rows("""SELECT status, error, billed, completion_tokens FROM attempts
+                              WHERE request_key = ?::UUID ORDER BY attempted_at""", [request.request_key])  # fmt: skip
+        assert rows == [(status, f"HTTP {status}: try later", False, 0), (200, None, True, 3)]
 
 
 def test_retries_are_bounded_and_the_question_stays_pending_for_the_next_call(corpus: Corpus) -> None:
@@ -295,7 +299,8 @@ def test_an_answer_that_takes_too_long_is_asked_again(corpus: Corpus) -> None:
 
 
 def test_an_endpoint_that_dies_on_everything_stops_the_run(corpus: Corpus) -> None:
-    with served(FakeAPI(lambda body, request: reset(request))) as api, pytest.raises(TeacherUnreachable, match="in a row"):
+    dying = FakeAPI(lambda body, request: reset(request))
+    with served(dying) as api, pytest.raises(TeacherUnreachable, match="in a row"):
         ask(config(api.url, max_retries=0, concurrency=4), corpus, questions(60))
     assert FAILURES_TO_STOP <= len(api.bodies) <= FAILURES_TO_STOP + 4
     assert count(corpus, "pending") == 60
@@ -304,19 +309,20 @@ def test_an_endpoint_that_dies_on_everything_stops_the_run(corpus: Corpus) -> No
 # Failures that do not
 
 
-@pytest.mark.parametrize("status", [400, 404, 413, 422])
-def test_a_rejected_question_is_a_dead_letter_and_the_rest_goes_on(corpus: Corpus, status: int) -> None:
-    with served(by_number({1: lambda: error_reply(status, "too long")})) as api:
-        answers, _ = ask(config(api.url), corpus, questions(4))
-        assert texts(answers) == echoes(0, 2, 3)
-        assert api.asked.count("Say 1") == 1
-        again, _ = ask(config(api.url), corpus, questions(4))
-        assert texts(again) == echoes(0, 2, 3)
-        assert len(api.bodies) == 4
-    assert corpus.rows("SELECT request_key::VARCHAR, status, error FROM dead_letters") == [
-        (question(1).request_key, status, f"HTTP {status}: too long")
-    ]
-    assert corpus.rows("SELECT status, billed FROM attempts WHERE status != 200") == [(status, False)]
+def test_a_rejected_question_is_a_dead_letter_and_the_rest_goes_on(corpus: Corpus) -> None:
+    rejections = {1: 400, 2: 404, 4: 413, 5: 422}
+    replies = {number: lambda s=status: error_reply(s, "too long") for number, status in rejections.items()}
+    with served(by_number(replies)) as api:
+        answers, _ = ask(config(api.url), corpus, questions(7))
+        assert texts(answers) == echoes(0, 3, 6)
+        assert len(api.bodies) == 7
+        again, _ = ask(config(api.url), corpus, questions(7))
+        assert texts(again) == echoes(0, 3, 6)
+        assert len(api.bodies) == 7
+    dead = corpus.rows("SELECT request_key::VARCHAR, status, error FROM dead_letters ORDER BY status")
+    assert dead == [(question(n).request_key, s, f"HTTP {s}: too long") for n, s in rejections.items()]
+    failed = corpus.rows("SELECT status, billed FROM attempts WHERE status != 200 ORDER BY status")
+    assert failed == [(status, False) for status in rejections.values()]
     assert count(corpus, "pending") == 0
 
 
@@ -324,12 +330,10 @@ def test_a_rejected_question_is_a_dead_letter_and_the_rest_goes_on(corpus: Corpu
     "refusal",
     [
         lambda: error_reply(401, "Incorrect API key", "invalid_api_key"),
-        lambda: error_reply(403, "not for you"),
-        lambda: error_reply(402, "pay first"),
         lambda: error_reply(429, "no money", "insufficient_quota", {"retry-after": "0"}),
         lambda: chat_reply("") | {"choices": [], "error": {"message": "no money", "code": "insufficient_quota"}},
     ],
-    ids=["401", "403", "402", "quota", "quota in a 200"],
+    ids=["401", "quota", "quota in a 200"],
 )
 def test_a_refusal_stops_the_run_and_keeps_what_was_received(corpus: Corpus, refusal: Callable[[], Any]) -> None:
     with served(by_number({2: refusal})) as api, pytest.raises(TeacherRefused) as raised:
@@ -383,9 +387,9 @@ def test_a_wrong_key_is_said_before_any_question_is_sent(corpus: Corpus, monkeyp
     assert (api.models_asked, api.arrivals, count(corpus, "attempts")) == (1, [], 0)
 
 
-@pytest.mark.parametrize("status", [403, 404, 429, 500, 503])
+@pytest.mark.parametrize("status", [403, 404, 503])
 def test_an_endpoint_that_lists_no_models_is_asked_all_the_same(corpus: Corpus, status: int) -> None:
-    with served(FakeAPI(models_status=status)) as api:
+    with served(FakeAPI(models_reply=lambda: error_reply(status))) as api:
         answers, _ = ask(config(api.url), corpus, questions(2))
     assert texts(answers) == echoes(0, 1)
 
@@ -493,7 +497,9 @@ def test_what_one_run_paid_for_is_not_in_the_spend_of_another(corpus: Corpus) ->
 # Logprobs that were asked for
 
 
-def test_logprobs_that_were_asked_for_and_not_given_are_counted(corpus: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
+def test_logprobs_that_were_asked_for_and_not_given_are_counted(
+    corpus: Corpus, capsys: pytest.CaptureFixture[str]
+) -> None:
     with served(FakeAPI()) as api:
         answers, engine = ask(config(api.url), corpus, questions(3, logprobs=True, top_logprobs=5))
     assert texts(answers) == echoes(0, 1, 2)
@@ -520,26 +526,25 @@ def test_an_empty_answer_has_no_logprobs_to_miss(corpus: Corpus) -> None:
 
 def all_text(corpus: Corpus) -> str:
     tables = [name for (name,) in corpus.rows("SELECT table_name FROM duckdb_tables()")]
-    return "\n".join(str(corpus.rows(f"SELECT * FROM {table}")) for table in tables)
+    return "\n".join(str(corpus.rows(f"SELECT COLUMNS(*)::VARCHAR FROM {table}")) for table in tables)
 
 
 def test_the_key_is_sent_and_written_nowhere(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TEACHER_KEY", SECRET)
-    in_journal: list[bool] = []
+    journals: list[bytes] = []
 
     def tells_on_the_caller(body: dict[str, Any], request: web.Request) -> Answer:
-        journals = b"".join(path.read_bytes() for path in corpus.journal.glob("*"))
-        in_journal.append(b"Say 0" in journals or b"sent" in journals)
-        assert SECRET.encode() not in journals
+        journals.extend(path.read_bytes() for path in corpus.journal.glob("*"))
         number = len(api.bodies)
         said = f"caller {request.headers['authorization']} is odd"
         return echo(body) if number == 1 else error_reply({2: 500, 3: 400, 4: 429}.get(number, 401), said, SECRET)
 
     with served(FakeAPI(tells_on_the_caller, key=SECRET)) as api, pytest.raises(TeacherRefused) as raised:
         ask(config(api.url, api_key_env="TEACHER_KEY", concurrency=1), corpus, questions(9))
-    assert any(in_journal)
+    assert any(b"is odd" in journal for journal in journals)
+    assert not any(SECRET.encode() in journal for journal in journals)
     assert [status for (status,) in attempts(corpus, "status")] == [200, 500, 400, 429, 401]
     out, err = capfd.readouterr()
     assert "is odd" in err
@@ -595,6 +600,30 @@ def test_cancelling_does_not_wait_for_those_who_wait(corpus: Corpus, status: int
     assert count(corpus, "pending") == 5
 
 
+def test_cancelling_twice_ends_at_once_and_notes_what_was_in_flight(corpus: Corpus) -> None:
+    async def twice(url: str) -> None:
+        async def consume() -> None:
+            async for _ in engine.complete(questions(5)):
+                pass
+
+        async with Engine(config(url, concurrency=2), corpus, RUN_ID) as engine:
+            task = asyncio.create_task(consume())
+            await until(lambda: len(api.bodies) == 2)
+            task.cancel()
+            await asyncio.sleep(0.1)
+            assert not task.done()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    with served(FakeAPI(delay_s=2.0)) as api:
+        started = time.monotonic()
+        asyncio.run(twice(api.url))
+        assert time.monotonic() - started < 1.9
+    assert attempts(corpus, "status, billed, error") == [(None, None, "interrupted: CancelledError")] * 2
+    assert count(corpus, "pending") == 5
+
+
 @pytest.mark.parametrize("way", ["break", "raise"])
 def test_a_caller_who_walks_away_still_keeps_what_is_in_flight(corpus: Corpus, way: str) -> None:
     async def leave(url: str) -> None:
@@ -633,19 +662,22 @@ def test_a_generator_that_is_never_closed_does_not_hold_up_the_end(corpus: Corpu
 
 
 def test_records_that_a_killed_process_left_are_answers_at_the_next_start(corpus: Corpus) -> None:
-    """The corpus is held by nobody, the journal of a process that is gone lies beside it."""
-    from blackbox_kd.corpus.journal import Answered, Segment, Sent
-    from blackbox_kd.types import Attempt
-
     answered, lost = question(0), question(1)
     corpus.add_requests([answered, lost])
     segment = Segment(corpus.journal)
     for request in (answered, lost):
-        segment.append(Sent(attempt_id=request.request_key, request_key=request.request_key, run_id=RUN_ID, attempted_at=1.0))
-    attempt = Attempt(attempt_id=answered.request_key, request_key=answered.request_key, run_id=RUN_ID, attempted_at=1.0,
-                      status=200, billed=True)  # fmt: skip
-    completion = Completion(request_key=answered.request_key, prompt_id=answered.prompt_id, author="teacher", model="m",
-                            text="from the journal", finish_reason="stop")  # fmt: skip
+        key = request.request_key
+        segment.append(Sent(attempt_id=key, request_key=key, run_id=RUN_ID, attempted_at=1.0))
+    key = answered.request_key
+    attempt = Attempt(attempt_id=key, request_key=key, run_id=RUN_ID, attempted_at=1.0, status=200, billed=True)
+    completion = Completion(
+        request_key=key,
+        prompt_id=answered.prompt_id,
+        author="teacher",
+        model="m",
+        text="from the journal",
+        finish_reason="stop",
+    )
     segment.append(Answered(attempt=attempt, completions=[completion], scorer="m@bare"))
     segment.close(ingested=False)
     with served(FakeAPI()) as api:

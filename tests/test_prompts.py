@@ -50,7 +50,9 @@ def test_one_file_names_the_split_of_each_row(write_jsonl: Write) -> None:
 
 
 def test_trl_prompts_are_taken_as_text_or_messages(write_jsonl: Write) -> None:
-    path = write_jsonl("t.jsonl", [{"prompt": "Hi"}, {"prompt": [USER]}, {"prompt": [USER], "completion": "x"}, row("Hi")])
+    path = write_jsonl(
+        "t.jsonl", [{"prompt": "Hi"}, {"prompt": [USER]}, {"prompt": [USER], "completion": "x"}, row("Hi")]
+    )
     found = load_prompts(PromptsConfig(path=str(path)))
     assert [p.messages for p in found["train"]] == [[USER]]  # four spellings of one prompt
 
@@ -62,7 +64,8 @@ def test_a_conversation_with_system_and_turns_is_kept_whole(write_jsonl: Write) 
 
 
 def test_limits_take_the_first_prompts_of_a_split_after_duplicates_are_dropped(write_jsonl: Write) -> None:
-    rows = [row(text, split=split) for split in ("train", "ood") for text in (f"{split}0", f"{split}0", f"{split}1", f"{split}2")]  # fmt: skip
+    texts = {split: [f"{split}0", f"{split}0", f"{split}1", f"{split}2"] for split in ("train", "ood")}
+    rows = [row(text, split=split) for split in texts for text in texts[split]]
     path = write_jsonl("all.jsonl", rows)
     found = load_prompts(PromptsConfig(path=str(path), limits={"train": 2, "heldout": 5}))
     assert [p.text for p in found["train"]] == ["train0", "train1"]
@@ -101,7 +104,10 @@ def test_a_prompt_in_two_splits_is_an_error_with_its_line(write_jsonl: Write, tm
         ('{"messages": [{"role": "user", "content": null}]}', "a message needs a `content` with text"),
         ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "a message needs a `content` with text"),
         ('{"messages": [{"role": "user"}]}', "a message needs a `content` with text"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}', "the last message must be the user's, it is the assis"),
+        (
+            '{"messages": [{"role": "assistant", "content": "a"}]}',
+            "the last message must be the user's, it is the assis",
+        ),
         ('{"prompt": "a", "split": "test"}', "split 'test' is none of train, heldout, ood, holdback"),
         ('{"prompt": "a", "split": null}', "split None is none of"),
         ('{"prompt": "a", "meta": 3}', "`meta` must be an object"),
@@ -151,7 +157,7 @@ def test_a_template_is_filled_in_without_escaping_and_without_its_outer_blanks(t
 
 def test_a_variable_that_is_not_given_is_an_error_that_names_those_that_are(tmp_path: Path) -> None:
     made = Template(template(tmp_path, "{{ prompt }} {{ darft }}"), "x")
-    with pytest.raises(ConfigError, match="'darft' is undefined; it may use prompt, draft$"):
+    with pytest.raises(ConfigError, match=r"'darft' is undefined; it may use prompt, draft$"):
         made.render(prompt="p", draft="d")
 
 

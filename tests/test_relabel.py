@@ -92,12 +92,12 @@ def test_afresh_asks_where_the_student_is_least_sure(renderer: Renderer) -> None
 
 def test_a_later_round_draws_anew(corpus: Corpus, renderer: Renderer) -> None:
     config = RelabelConfig(mode="afresh")
-    teacher = Teacher(ScriptedTeacherConfig(), corpus, RUN_ID)
+    teacher = Teacher(ScriptedTeacherConfig(), corpus, RUN_ID, draws=2)
     algorithm = config.build(teacher, renderer)
     one = rollout(renderer, "Say 1", "x")
     keys = {algorithm._request(one, round_).request_key for round_ in (1, 2)}
-    sampled = teacher.request(one.prompt, "sample", algorithm._sampling).request_key
-    assert len(keys | {sampled}) == 3
+    sampled = {teacher.request(one.prompt, "sample", algorithm._sampling, sample_idx=i).request_key for i in (0, 1)}
+    assert len(keys | sampled) == 4
 
 
 def test_a_reply_that_cannot_be_used_drops_its_rollout(corpus: Corpus, renderer: Renderer) -> None:

@@ -49,7 +49,9 @@ except e.ConfigError as error:
 def test_a_second_process_is_refused_while_the_first_one_runs(tmp_path: Path) -> None:
     with RunDir(tmp_path / "run") as run:
         refused = in_another_process(OPEN, run.path).stdout
-        assert refused.strip() == f"refused: {run.path} is in use by another run; wait for it or choose another --run_dir"
+        assert (
+            refused.strip() == f"refused: {run.path} is in use by another run; wait for it or choose another --run_dir"
+        )
         run_id = run.run_id
     assert in_another_process(OPEN, tmp_path / "run").stdout.strip() == run_id
 
@@ -96,7 +98,7 @@ def test_a_checkpoint_appears_only_when_its_block_has_ended(run_dir: RunDir) -> 
 
 
 def test_a_block_that_fails_leaves_no_checkpoint_and_the_next_try_starts_empty(run_dir: RunDir) -> None:
-    with pytest.raises(KeyError), run_dir.committing("sft", SETTINGS) as folder:
+    with pytest.raises(KeyError), run_dir.committing("sft", SETTINGS) as folder:  # noqa: PT012
         (folder / "half").write_text("w")
         raise KeyError
     assert not run_dir.done("sft", SETTINGS)

@@ -154,10 +154,15 @@ def test_null_everywhere_that_servers_put_it_is_no_error() -> None:
 
 def test_cached_and_reasoning_tokens_are_read_from_the_details() -> None:
     _, usage = decode(
-        chat_reply("x", usage={
-            "prompt_tokens": 1000, "completion_tokens": 50, "prompt_tokens_details": {"cached_tokens": 400},
-            "completion_tokens_details": {"reasoning_tokens": 30},
-        })  # fmt: skip
+        chat_reply(
+            "x",
+            usage={
+                "prompt_tokens": 1000,
+                "completion_tokens": 50,
+                "prompt_tokens_details": {"cached_tokens": 400},
+                "completion_tokens_details": {"reasoning_tokens": 30},
+            },
+        )
     )
     assert usage == Usage(prompt_tokens=1000, completion_tokens=50, cached_tokens=400, reasoning_tokens=30)
 

@@ -78,8 +78,9 @@ class Relabel:
         return Outcome(feedback=feedback, samples=samples, asked=len(asked), failed=len(asked) - len(samples))
 
     def _request(self, rollout: Rollout, round_: int) -> Request:
-        if self._config.mode == "afresh":  # a further draw of the teacher's own answer: sample_idx goes on by round
-            return self._teacher.request(rollout.prompt, "relabel", self._sampling, sample_idx=round_)
+        if self._config.mode == "afresh":  # a further draw of the teacher's own answer in each round
+            draw = self._teacher.draws + round_ - 1
+            return self._teacher.request(rollout.prompt, "relabel", self._sampling, sample_idx=draw)
         return self._teacher.request(
             rollout.prompt,
             "relabel",

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import duckdb
-import tenacity
 
+from blackbox_kd.corpus.connection import connect
 from blackbox_kd.corpus.ingest import Row, completion_row, ingest, insert, insert_logprobs, timestamp
 from blackbox_kd.corpus.journal import Record, leftovers
 from blackbox_kd.errors import CorpusBusy, CorpusError
@@ -53,13 +53,8 @@ class Corpus:
     @contextmanager
     def connect(self, *, wait_s: float | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
         """A read-write connection, closed at the end of the block; what DuckDB says inside it is a CorpusError."""
-        con = _open(self.path, read_only=False, wait_s=self.lock_wait_s if wait_s is None else wait_s)
-        try:
+        with connect(self.path, read_only=False, wait_s=self.lock_wait_s if wait_s is None else wait_s) as con:
             yield con
-        except duckdb.Error as error:
-            raise CorpusError(f"{self.path}: {_one_line(error)}") from error
-        finally:
-            con.close()
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """The result of a query."""
@@ -185,93 +180,21 @@ class Corpus:
         return {"calls": calls, "prompt_tokens": prompt, "completion_tokens": completion,
                 "cost_usd": None if unpriced else cost, "unknown_calls": unknown}  # fmt: skip
 
-    def counts(self) -> list[tuple[str, int]]:
-        """(purpose, answers) of the whole corpus."""
-        return self.rows(
-            """SELECT r.purpose, count(*) FROM completions c JOIN requests r USING (request_key)
-               GROUP BY ALL ORDER BY ALL"""
-        )
-
-
-def query(path: Path, sql: str, *, wait_s: float = 10.0) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """Columns and rows of a user's read-only query.
-
-    Raises:
-        CorpusError: no such file, held open by a writer for longer than `wait_s`, or what DuckDB says of the SQL.
-    """
-    con = _open(path, read_only=True, wait_s=wait_s)
-    try:
-        con.execute(sql)
-        return [column[0] for column in con.description or []], con.fetchall()
-    except duckdb.Error as error:
-        raise CorpusError(_one_line(error)) from error
-    finally:
-        con.close()
-
-
-def export(path: Path, select: str, target: Path) -> int:
-    """Write a query's rows to a Parquet or JSONL file; returns how many."""
-    con = _open(path, read_only=True, wait_s=10.0)
-    try:
-        form = "FORMAT parquet, COMPRESSION zstd" if target.suffix == ".parquet" else "FORMAT json"
-        quoted = str(target).replace("'", "''")
-        return int(con.execute(f"COPY ({select}) TO '{quoted}' ({form})").fetchall()[0][0])
-    except duckdb.Error as error:
-        raise CorpusError(f"export to {target}: {_one_line(error)}") from error
-    finally:
-        con.close()
-
-
-def _is_locked(error: BaseException) -> bool:
-    text = str(error)
-    return "Could not set lock" in text or "different configuration" in text
-
-
-def _open(path: Path, *, read_only: bool, wait_s: float) -> duckdb.DuckDBPyConnection:
-    """Open the file, waiting while another process holds it."""
-    if read_only and not path.exists():
-        raise CorpusError(f"no corpus {str(path)!r}: run a stage first, or name one with --corpus")
-    retry = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(_is_locked),
-        wait=tenacity.wait_random(0.02, 0.1),
-        stop=tenacity.stop_after_delay(wait_s),
-        reraise=True,
-    )
-    connect: Callable[[], duckdb.DuckDBPyConnection] = lambda: duckdb.connect(str(path), read_only=read_only)  # noqa: E731
-    try:
-        return retry(connect)
-    except duckdb.Error as error:
-        if _is_locked(error):
-            raise CorpusBusy(
-                f"{path} is held open by another program ({_holder(str(error))}) for over {wait_s:.0f} s; "
-                "close it there"
-            ) from error
-        raise CorpusError(f"cannot open {path}: {_one_line(error)}") from error
-
-
-def _one_line(error: duckdb.Error) -> str:
-    return " ".join(str(error).split())
-
-
-def _holder(message: str) -> str:
-    _, _, behind = message.partition("held in ")
-    return behind.partition(". ")[0] or "unknown"
-
 
 def _migrate(con: duckdb.DuckDBPyConnection, path: Path) -> None:
     files = resources.files("blackbox_kd.corpus")
     tables = {name for (name,) in con.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
     if tables and "meta" not in tables:
         raise CorpusError(f"{path} is a DuckDB file, but no corpus (its tables: {', '.join(sorted(tables)[:5])})")
+    con.execute("BEGIN")  # a kill leaves all of it or nothing
     if not tables:
-        con.execute("BEGIN")
         con.execute(files.joinpath("schema.sql").read_text("utf-8"))
         con.execute("INSERT INTO meta VALUES ('schema_version', ?)", [str(SCHEMA_VERSION)])
-        con.execute("COMMIT")
     version = int(con.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchall()[0][0])
     if version != SCHEMA_VERSION:
         raise CorpusError(f"{path} has schema version {version}, this blackbox_kd speaks {SCHEMA_VERSION}: upgrade it")
     con.execute(files.joinpath("views.sql").read_text("utf-8"))
+    con.execute("COMMIT")
 
 
 def _request_row(request: Request) -> Row:

@@ -10,15 +10,7 @@ from pydantic import Field
 
 from blackbox_kd.config import Section
 from blackbox_kd.errors import ConfigError
-from blackbox_kd.types import Completion, Usage
-
-
-class Reply(Protocol):
-    """What a transport brings back; `teachers.wire.WireReply` is the one that exists."""
-
-    completions: list[Completion]
-    usage: Usage
-    server_request_id: str | None
+from blackbox_kd.types import Usage
 
 
 class Transport(Protocol):

@@ -52,7 +52,7 @@ class Engine:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        for batch in self._open:  # left behind by a caller who walked away from `complete`
+        for batch in list(self._open):  # left behind by a caller who walked away from `complete`
             await batch.drain()
         await self._stack.aclose()
 
@@ -262,13 +262,16 @@ class _Batch:
             raise _Stopped
 
     async def drain(self) -> None:
-        """Admit nothing more and wait for what is in flight, but not for ever."""
+        """Admit nothing more and wait for what is in flight; not for ever, and not if told again to stop."""
         self._ended.set()
-        _, late = await asyncio.wait(self.workers, timeout=DRAIN_S)
-        for worker in late:
-            worker.cancel()
-        if late:
-            await asyncio.wait(late)
+        try:
+            await asyncio.wait(self.workers, timeout=DRAIN_S)
+        finally:
+            late = [worker for worker in self.workers if not worker.done()]
+            for worker in late:
+                worker.cancel()
+            if late:  # they still note that they were interrupted
+                await asyncio.wait(late)
 
     def fail(self, error: TeacherError) -> None:
         self.failed += 1

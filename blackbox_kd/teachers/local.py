@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -21,6 +22,8 @@ from blackbox_kd.teachers.transport import open_fast
 
 START_S = 120.0
 """How long a model may take to load."""
+LONGEST_LINE = 1 << 24
+"""Of the server's log, in bytes; a longer one would end its reading, and then the server."""
 
 
 class LocalTeacherConfig(TeacherConfig):
@@ -55,7 +58,9 @@ class LocalTeacherConfig(TeacherConfig):
     async def _connect(self) -> AsyncIterator[Transport]:
         async with (
             serve(self) as base_url,
-            open_fast(base_url, None, {}, concurrency=self.concurrency, timeout_s=self.timeout_s) as transport,
+            open_fast(
+                base_url, None, {}, concurrency=self.concurrency, timeout_s=self.timeout_s, trust_env=False
+            ) as transport,
         ):
             yield transport
 
@@ -74,7 +79,7 @@ async def serve(config: LocalTeacherConfig, *, port: int = 0) -> AsyncIterator[s
     The server watches its standard input, which closes when this process ends, however it ends.
 
     Raises:
-        TeacherUnreachable: it did not come up; with the last line that it said.
+        TeacherUnreachable: it did not come up; with what it said.
     """
     say(f"starting the local teacher {config.model} ({config.file().name}, {config.threads} thread)")
     process = await asyncio.create_subprocess_exec(
@@ -82,16 +87,18 @@ async def serve(config: LocalTeacherConfig, *, port: int = 0) -> AsyncIterator[s
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
+        limit=LONGEST_LINE,
     )
     assert process.stdout is not None
     assert process.stderr is not None
-    log = asyncio.create_task(_last_lines(process.stderr))
+    log = asyncio.create_task(_cause(process.stderr))
     try:
         line = await asyncio.wait_for(process.stdout.readline(), START_S)
         if not line:
             await process.wait()
             said = await log
-            raise TeacherUnreachable(f"the local teacher did not start: {said or f'exit code {process.returncode}'}")
+            said = said or f"exit code {process.returncode}"
+            raise TeacherUnreachable(f"the local teacher did not start ({config.file()}): {said}")
         yield f"{json.loads(line)['url']}/v1"
     except TimeoutError as error:
         raise TeacherUnreachable(f"the local teacher was not ready after {START_S:.0f} s") from error
@@ -102,11 +109,12 @@ async def serve(config: LocalTeacherConfig, *, port: int = 0) -> AsyncIterator[s
         log.cancel()
 
 
-async def _last_lines(stream: asyncio.StreamReader) -> str:
-    """Drain a log; its last line with an error in it, else its last line."""
+async def _cause(stream: asyncio.StreamReader) -> str:
+    """Drain a log; its first error (the later ones are consequences), else its last line."""
     last = error = ""
     async for raw in stream:
         line = raw.decode("utf-8", "replace").strip()
         last = line or last
-        error = line if "error" in line.lower() else error
+        if not error and (match := re.match(r"[\d.]+ E\s+(.+)", line)):
+            error = match[1]
     return error or last

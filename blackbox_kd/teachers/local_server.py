@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 
@@ -17,6 +18,7 @@ import xllamacpp
 
 def main(options: dict[str, object]) -> None:
     """Serve until standard input closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which waits for what is in flight
     params = xllamacpp.CommonParams()
     params.model.path = str(options["gguf"])
     params.model_alias = {str(options["alias"])}

@@ -20,7 +20,7 @@ class OpenAITeacherConfig(TeacherConfig):
     api_key_env: str | None = "OPENAI_API_KEY"
     """Environment variable with the key; null for an endpoint without one."""
     extra_headers: dict[str, str] = {}
-    """Sent with every request (never part of its key)."""
+    """Sent with every request, never part of its key. `$NAME` in a value is that environment variable (for keys)."""
 
     @property
     def url(self) -> str:
@@ -38,7 +38,7 @@ class OpenAITeacherConfig(TeacherConfig):
         return open_fast(
             self.url,
             api_key(self.api_key_env),
-            self.extra_headers,
+            {name: os.path.expandvars(value) for name, value in self.extra_headers.items()},
             concurrency=self.concurrency,
             timeout_s=self.timeout_s,
         )

@@ -9,11 +9,15 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Literal
 
 import jinja2
+import jinja2.meta
 
+from blackbox_kd.errors import ConfigError
 from blackbox_kd.teachers.base import TeacherConfig, Transport
 
 Script = Callable[[dict[str, Any]], str]
 """Body of a question -> text of the answer; it may raise a TeacherError."""
+
+_environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
 
 
 class ScriptedTeacherConfig(TeacherConfig):
@@ -24,10 +28,26 @@ class ScriptedTeacherConfig(TeacherConfig):
     reply: str = "You said: {{ text }}"
     """Jinja text; {{ text }} is the last message, {{ messages }} all of them."""
 
+    def check(self) -> None:
+        """The template compiles and uses only what there is."""
+        try:
+            unknown = jinja2.meta.find_undeclared_variables(_environment.parse(self.reply)) - {"text", "messages"}
+        except jinja2.TemplateError as error:
+            raise ConfigError(f"teacher.reply: {error}") from error
+        if unknown:
+            raise ConfigError(f"teacher.reply: {min(unknown)!r} is unknown; it may use text, messages")
+
     def connect(self) -> AbstractAsyncContextManager[Transport]:
         """Answers from the template."""
-        template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(self.reply)
-        return scripted(lambda body: template.render(text=body["messages"][-1]["content"], messages=body["messages"]))
+        template = _environment.from_string(self.reply)
+
+        def script(body: dict[str, Any]) -> str:
+            try:
+                return template.render(text=body["messages"][-1]["content"], messages=body["messages"])
+            except jinja2.UndefinedError as error:
+                raise ConfigError(f"teacher.reply: {error}") from error
+
+        return scripted(script)
 
 
 @asynccontextmanager

@@ -15,9 +15,10 @@ from blackbox_kd.types import Completion, Message, Prompt, Purpose, Request, Sam
 class Teacher:
     """One endpoint with its private prompt; an async context manager (a local server ends with it)."""
 
-    def __init__(self, config: TeacherConfig, corpus: Corpus, run_id: str) -> None:
+    def __init__(self, config: TeacherConfig, corpus: Corpus, run_id: str, *, draws: int = 1) -> None:
+        """`draws`: answers to a prompt that `sample` takes; on-policy draws of the same question go on from there."""
         config.check()
-        self.config = config
+        self.config, self.draws = config, draws
         self.context = PrivateContext(config.prompt.template, config.prompt.examples)
         self.engine = Engine(config, corpus, run_id)
 

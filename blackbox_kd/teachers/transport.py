@@ -17,8 +17,8 @@ from blackbox_kd.teachers.wire import error_of
 class FastTransport:
     """POST {base_url}/chat/completions."""
 
-    def __init__(self, session: aiohttp.ClientSession, base_url: str) -> None:
-        self._session = session
+    def __init__(self, session: aiohttp.ClientSession, base_url: str, key: str | None = None) -> None:
+        self._session, self._key = session, key
         self._url = f"{base_url.rstrip('/')}/chat/completions"
 
     async def send(self, body: dict[str, Any]) -> bytes:
@@ -27,6 +27,8 @@ class FastTransport:
             async with self._session.post(self._url, data=msgspec.json.encode(body)) as response:
                 data = await response.read()
                 if response.status != 200:
+                    if self._key:  # some endpoints say which key they did not like
+                        data = data.replace(self._key.encode(), b"***")
                     raise error_of(response.status, data, {k.lower(): v for k, v in response.headers.items()})
                 return data
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -35,21 +37,30 @@ class FastTransport:
 
 @asynccontextmanager
 async def open_fast(
-    base_url: str, key: str | None, headers: Mapping[str, str], *, concurrency: int, timeout_s: float
+    base_url: str,
+    key: str | None,
+    headers: Mapping[str, str],
+    *,
+    concurrency: int,
+    timeout_s: float,
+    trust_env: bool = True,
 ) -> AsyncIterator[FastTransport]:
-    """A transport over a pool as wide as the work; proxy and CA variables of the environment are honoured."""
-    await check_reachable(base_url, key, headers)
+    """A transport over a pool as wide as the work.
+
+    `trust_env` honours the proxy and CA variables of the environment.
+    """
+    await check_reachable(base_url, key, headers, trust_env=trust_env)
     sent = {"content-type": "application/json", **headers} | ({"authorization": f"Bearer {key}"} if key else {})
     async with aiohttp.ClientSession(
         headers=sent,
         connector=aiohttp.TCPConnector(limit=concurrency),
         timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=30),
-        trust_env=True,
+        trust_env=trust_env,
     ) as session:
-        yield FastTransport(session, base_url)
+        yield FastTransport(session, base_url, key)
 
 
-async def check_reachable(base_url: str, key: str | None, headers: Mapping[str, str]) -> None:
+async def check_reachable(base_url: str, key: str | None, headers: Mapping[str, str], *, trust_env: bool) -> None:
     """Ask for the list of models, through the SDK, before anything is paid.
 
     Raises:
@@ -59,7 +70,7 @@ async def check_reachable(base_url: str, key: str | None, headers: Mapping[str, 
     import openai  # half a second, and only needed once there is something to ask
 
     async with (
-        httpx.AsyncClient(timeout=30) as http,
+        httpx.AsyncClient(timeout=30, trust_env=trust_env) as http,
         openai.AsyncOpenAI(
             base_url=base_url,
             api_key=key or "none",
@@ -69,7 +80,7 @@ async def check_reachable(base_url: str, key: str | None, headers: Mapping[str, 
         ) as client,
     ):
         try:
-            await client.models.list()
+            await client.models.with_raw_response.list()  # raw: its shape does not matter
         except openai.AuthenticationError as error:
             raise TeacherRefused(f"{base_url} does not accept the key: HTTP {error.status_code}") from error
         except openai.APIStatusError:
@@ -77,5 +88,3 @@ async def check_reachable(base_url: str, key: str | None, headers: Mapping[str, 
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
             raise TeacherUnreachable(f"no teacher answers at {base_url} ({cause}); check teacher.base_url") from error
-        except openai.OpenAIError:
-            return  # /models in a shape of its own

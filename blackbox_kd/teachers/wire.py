@@ -102,7 +102,7 @@ def decode_reply(data: bytes, request: Request, author: Author, round_: int) -> 
     if not reply.choices:
         if reply.error is not None:
             code = reply.error.get("code") if isinstance(reply.error, dict) else None
-            status = int(code) if str(code).isdecimal() else 0
+            status = int(str(code)) if str(code).isdecimal() else 0
             raise error_of(status if status >= 400 else 500, data, {})
         raise TransientError(f"a 200 without choices: {data[:80]!r}", status=200)
     usage = _usage(reply.usage)
