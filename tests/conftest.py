@@ -37,10 +37,7 @@ def corpus(tmp_path: Path) -> Corpus:
 
 @pytest.fixture
 def prompts() -> list[Prompt]:
-    return [
-        Prompt(messages=[{"role": "user", "content": f"Say {i}"}], split="train", source="test")
-        for i in range(6)
-    ]
+    return [Prompt(messages=[{"role": "user", "content": f"Say {i}"}], split="train", source="test") for i in range(6)]
 
 
 @pytest.fixture

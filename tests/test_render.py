@@ -31,7 +31,8 @@ def test_supervision_is_the_answer_and_the_end_token(renderer: Renderer, tokeniz
     row = renderer.render(QUESTION, "one two")
     learnt = [i for i, label in zip(row.input_ids, row.labels, strict=True) if label != IGNORE]
     assert tokenizer.decode(learnt) == "one two<|im_end|>"
-    assert tokenizer.decode(row.input_ids) == "<|im_start|>user\nSay 1<|im_end|>\n<|im_start|>assistant\none two<|im_end|>"
+    whole = "<|im_start|>user\nSay 1<|im_end|>\n<|im_start|>assistant\none two<|im_end|>"
+    assert tokenizer.decode(row.input_ids) == whole
     assert row.supervised == len(learnt)
 
 

@@ -153,12 +153,13 @@ def test_without_a_seed_several_draws_are_still_several_questions(tmp_path: Path
     assert not any("seed" in body for body in api.bodies)
 
 
-def test_at_temperature_0_there_is_one_draw(tmp_path: Path) -> None:
+def test_at_temperature_0_there_is_one_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with served(FakeAPI()) as api:
         config = write_config(tmp_path, api.url, sample={"n": 3, "temperature": 0})
         assert sample.main(["--config", config]) == 0
     assert answers(tmp_path) == train(4)
     assert {(body["temperature"], body["seed"]) for body in api.bodies} == {(0, 0)}
+    assert "4 answers to 4 questions" in last_line(capsys)
 
 
 def test_max_prompts_takes_the_first_and_a_flag_beats_the_file(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,8 @@ from blackbox_kd.types import TrainSample
 
 
 @pytest.fixture
-def student(tiny_model: Path) -> Iterator[Student]:
-    yield Student(StudentConfig(model=str(tiny_model), device="cpu"), seed=1)
+def student(tiny_model: Path) -> Student:
+    return Student(StudentConfig(model=str(tiny_model), device="cpu"), seed=1)
 
 
 def samples(student: Student, count: int = 8) -> list[TrainSample]:

@@ -13,7 +13,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-TEXTS = ["Say 1 2 3 4 5 6 7 8 9 0", "user assistant system", "one two three four five six seven eight nine ten", "yes no"]
+TEXTS = ["Say 1 2 3 4 5 6 7 8 9 0", "user assistant system", "one two three four five six seven eight", "yes no"]
 
 
 def make_tiny(folder: Path, *, template: str = TEMPLATE, seed: int = 0) -> Path:
