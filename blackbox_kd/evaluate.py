@@ -12,7 +12,7 @@ model's). `length`: tokens of the student's greedy answer. All with a bootstrap 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -27,6 +27,7 @@ from blackbox_kd.run_dir import round_of
 from blackbox_kd.types import Completion, Interval, Prompt, Request, SamplingParams, Split
 
 FIXED_SPLITS: tuple[Split, ...] = ("heldout", "ood")
+HOLDBACK: Split = "holdback"
 
 
 class FixedAnswer(msgspec.Struct, frozen=True):
@@ -113,7 +114,7 @@ def _evaluate(
     student = Student(project.config.student, adapter=adapter)
     say(f"evaluate: {name}")
     targets = {a.prompt.prompt_id: a.greedy.text.strip() for a in fixed.answers}
-    prompts = [a.prompt for a in fixed.answers] + project.prompts["holdback"]
+    prompts = [a.prompt for a in fixed.answers] + project.prompts[HOLDBACK]
     writer = Writer(
         student=student,
         sampling=SamplingParams(temperature=0.0, max_completion_length=config.max_completion_length),
@@ -126,12 +127,12 @@ def _evaluate(
     )
     answers = writer.answers(prompts)
     if name == "base":
-        reference |= {p.prompt_id: c.text.strip() for p, c in answers if p.split == "holdback"}
+        reference |= {p.prompt_id: c.text.strip() for p, c in answers if p.split == HOLDBACK}
     targets |= reference
     rows = [student.renderer.render(a.prompt.messages, a.sampled.text.strip()) for a in fixed.answers]
     logprobs = student.logprobs(rows, batch_size=config.batch_size)
     found: dict[str, dict[str, Interval]] = {}
-    for split in (*FIXED_SPLITS, "holdback"):
+    for split in (*FIXED_SPLITS, HOLDBACK):
         written = [(c, targets[p.prompt_id]) for p, c in answers if p.split == split]
         if not written:
             continue
@@ -174,21 +175,27 @@ def interval(sums: Sequence[float], samples: int, *, weights: Sequence[float] | 
     return Interval(value=float(values.sum() / over.sum()), lo=float(lo), hi=float(hi))
 
 
-def table(summary: dict[str, Any], split: str, say_row: Callable[[str], None]) -> None:
+def table(summary: dict[str, Any], split: Split) -> list[str]:
     """One line a checkpoint, `value [lo, hi]` for each metric of a split."""
     rows = [c for c in summary["checkpoints"] if c["split"] == split]
-    if not rows:
-        return
-    names = list(rows[0]["metrics"])
-    say_row(f"{split:<10}" + "".join(f"{name:>26}" for name in names))
+    names = list(rows[0]["metrics"]) if rows else []
+    lines = [f"{split:<10}" + "".join(f"{name:>26}" for name in names)] if rows else []
     for row in rows:
         cells = [f"{m['value']:.3g} [{m['lo']:.3g}, {m['hi']:.3g}]" for m in (row["metrics"][n] for n in names)]
-        say_row(f"  {row['name']:<8}" + "".join(f"{cell:>26}" for cell in cells))
+        lines.append(f"  {row['name']:<8}" + "".join(f"{cell:>26}" for cell in cells))
+    return lines
+
+
+def show(project: Project, summary: dict[str, Any]) -> None:
+    """All splits as tables."""
+    for split in (*FIXED_SPLITS, HOLDBACK):
+        for line in table(summary, split):
+            print(line)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command."""
-    return stage_main("evaluate", __doc__, run, argv)
+    return stage_main("evaluate", __doc__, run, argv, show=show)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 from blackbox_kd.algorithms.base import Outcome, ce_sample
@@ -36,7 +37,7 @@ async def run(project: Project) -> dict[str, Any]:
     settings = config.sections(*SETTINGS)
     settings["onpolicy"].pop("rounds")  # more rounds continue the same experiment
     names = ["sft", *(f"round-{r}" for r in range(1, loop.rounds + 1))]
-    done = 1 + sum(run_dir.done(name, settings) for name in names[1:])
+    done = 1 + len(list(takewhile(lambda name: run_dir.done(name, settings), names[1:])))
     if not run_dir.checkpoint("sft").exists():
         raise ConfigError(f"no {run_dir.checkpoint('sft')}: run `sft` first")
     if done == len(names):

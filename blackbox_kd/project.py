@@ -155,6 +155,9 @@ class Project:
 Stage = Callable[[Project], Coroutine[Any, Any, dict[str, Any]]]
 """An async function of an open project; what it returns is printed by `--json`."""
 
+Show = Callable[[Project, dict[str, Any]], None]
+"""Prints a stage's result for a person."""
+
 
 def parser(command: str, doc: str) -> argparse.ArgumentParser:
     """Flags that every command has; the config's own keys are read as dotted overrides."""
@@ -206,16 +209,20 @@ def guarded(body: Callable[[], int], *, debug: bool) -> int:
         return INTERRUPTED
 
 
-def stage_main(command: str, doc: str, stage: Stage, argv: Sequence[str] | None = None) -> int:
-    """Parse, open the project, run one stage, print; returns the exit code."""
+def stage_main(
+    command: str, doc: str, stage: Stage, argv: Sequence[str] | None = None, *, show: Show | None = None
+) -> int:
+    """Parse, open the project, run one stage, print its result (as JSON, or by `show`); returns the exit code."""
     flags, rest = parser(command, doc).parse_known_args(argv)
 
     def body() -> int:
         config = load_config(Config, flags.config, overrides(rest))
         with Project(config) as project:
             result = asyncio.run(_closing(stage, project))
-        if flags.json:
-            print(json.dumps(result, ensure_ascii=False))
+            if flags.json:
+                print(json.dumps(result, ensure_ascii=False))
+            elif show is not None:
+                show(project, result)
         return 0
 
     return guarded(body, debug=flags.debug)

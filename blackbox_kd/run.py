@@ -17,7 +17,7 @@ from blackbox_kd.student.student import Student
 
 
 async def run(project: Project) -> dict[str, Any]:
-    """The summary of `evaluate`, which is also printed as a table."""
+    """The summary of `evaluate`."""
     check(project)
     engine = project.teacher.engine
     await sample.run(project)
@@ -25,7 +25,6 @@ async def run(project: Project) -> dict[str, Any]:
     await sft.run(project)
     await onpolicy.run(project)
     summary = await evaluate.run(project)
-    show(project, summary)
     if engine.asked == 0:
         say("the teacher was asked nothing: every answer was in the corpus already")
     return summary
@@ -40,9 +39,8 @@ def check(project: Project) -> None:
 
 
 def show(project: Project, summary: dict[str, Any]) -> None:
-    """The result on stdout."""
-    for split in ("heldout", "ood", "holdback"):
-        evaluate.table(summary, split, print)
+    """The result, what it cost, and what to type next."""
+    evaluate.show(project, summary)
     spend = summary["spend"]
     cost = "cost unknown (no price)" if spend["cost_usd"] is None else f"${spend['cost_usd']:.4f}"
     tokens = f"{spend['prompt_tokens']} prompt + {spend['completion_tokens']} completion tokens"
@@ -60,7 +58,7 @@ next       blackbox-kd sql "select author, round, count(*) from completions grou
 
 def main(argv: list[str] | None = None) -> int:
     """The command."""
-    return stage_main("run", __doc__, run, argv)
+    return stage_main("run", __doc__, run, argv, show=show)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,7 @@ class RunDir:
         partial.mkdir(parents=True)
         yield partial
         write_atomically(partial / SETTINGS_FILE, json.dumps(settings, sort_keys=True, indent=2))
+        shutil.rmtree(final, ignore_errors=True)  # left from before an earlier checkpoint was deleted and made anew
         partial.rename(final)
 
     def done(self, name: str, settings: Mapping[str, Any]) -> bool:

@@ -91,10 +91,8 @@ def test_a_prompt_without_whole_answers_is_left_out_and_said(
 def test_a_table_has_a_line_for_each_checkpoint() -> None:
     metric = {"value": 1.234, "lo": 1.0, "hi": 2.0}
     rows = [{"name": n, "split": "heldout", "metrics": {"teacher_nll": metric}} for n in ("base", "sft")]
-    said: list[str] = []
-    table({"checkpoints": rows}, "heldout", said.append)
-    assert len(said) == 3
-    assert "teacher_nll" in said[0]
-    assert said[1].split() == ["base", "1.23", "[1,", "2]"]
-    table({"checkpoints": rows}, "ood", said.append)
-    assert len(said) == 3
+    lines = table({"checkpoints": rows}, "heldout")
+    assert len(lines) == 3
+    assert "teacher_nll" in lines[0]
+    assert lines[1].split() == ["base", "1.23", "[1,", "2]"]
+    assert table({"checkpoints": rows}, "ood") == []

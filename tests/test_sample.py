@@ -328,7 +328,9 @@ assert "transformers" not in sys.modules
     assert answers(tmp_path) == train(4)
 
 
-def test_a_killed_run_goes_on_and_only_what_was_in_flight_is_asked_again(tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_and_only_what_was_in_flight_is_asked_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     total, concurrency = 24, 4
     write_prompts(tmp_path / "prompts", train=total)
     with served(FakeAPI(delay_s=0.15)) as api:
@@ -340,17 +342,15 @@ def test_a_killed_run_goes_on_and_only_what_was_in_flight_is_asked_again(tmp_pat
         asked_before = len(api.bodies)
         assert asked_before < total
         api.delay_s = 0
-        with start("sample", "--config", config, "--json") as process:
-            out, err = process.communicate(timeout=60)
-        assert process.returncode == 0, err
+        assert sample.main(["--config", config, "--json"]) == 0
+    spend = json.loads(capsys.readouterr().out)["spend"]
     assert answers(tmp_path) == train(total)
     again = len(api.bodies) - total
     assert len(set(api.asked)) == total
     ((lost,),) = corpus_of(tmp_path).rows("SELECT count(*) FROM attempts WHERE billed IS NULL")
     # A call can be noted and die before it is sent, so fewer may have arrived twice than are counted as lost.
     assert 1 <= again <= lost <= concurrency
-    assert json.loads(out)["spend"]["unknown_calls"] == lost
-    assert json.loads(out)["spend"]["calls"] == total
+    assert (spend["calls"], spend["unknown_calls"]) == (total, lost)
     assert not list((tmp_path / "corpus.duckdb.journal").glob("*"))
 
 

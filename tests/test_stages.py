@@ -65,7 +65,11 @@ def test_run_goes_from_prompts_to_a_table(project_file: Path, capsys: pytest.Cap
     before = (run_dir / "summary.json").read_text()
     attempts = rows(project_file, "select count(*) from attempts")
     assert main(["run", "--config", str(run_dir / "config.yaml")]) == 0
-    assert "asked nothing" in capsys.readouterr().err
+    again = capsys.readouterr()
+    assert "asked nothing" in again.err
+    assert "round-2" in again.out
+    assert main(["run", "--config", str(run_dir / "config.yaml"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(before)
     assert rows(project_file, "select count(*) from attempts") == attempts
     assert json.loads((run_dir / "summary.json").read_text()) == json.loads(before)
 

@@ -61,6 +61,7 @@ def load_base(config: StudentConfig) -> tuple[Any, Any]:
         ModelError: it cannot be loaded.
     """
     hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
     source = model_source(config.model)
     device = pick_device(config)
     try:
