@@ -60,6 +60,8 @@ class TeacherError(BlackboxKDError):
         super().__init__(message)
         self.status = status
         self.retry_after_s = retry_after_s
+        self.server_request_id: str | None = None
+        """What the provider's support asks for."""
 
 
 class TeacherRefused(TeacherError):

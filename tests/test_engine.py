@@ -245,8 +245,8 @@ def test_a_passing_failure_is_asked_again_and_each_call_is_a_row(corpus: Corpus)
 
 def test_retries_are_bounded_and_the_question_stays_pending_for_the_next_call(corpus: Corpus) -> None:
     with served(first_then_echo(*[lambda _: error_reply(500)] * 3)) as api:
-        answers, _ = ask(config(api.url, max_retries=2), corpus, [question(1)])
-        assert answers == []
+        with pytest.raises(TeacherUnreachable, match="none of 1 requests got through: HTTP 500"):
+            ask(config(api.url, max_retries=2), corpus, [question(1)])
         assert len(api.bodies) == 3
         assert corpus.rows("SELECT request_key::VARCHAR FROM pending") == [(question(1).request_key,)]
         assert count(corpus, "dead_letters") == 0
@@ -313,7 +313,7 @@ def test_a_rejected_question_is_a_dead_letter_and_the_rest_goes_on(corpus: Corpu
     rejections = {1: 400, 2: 404, 4: 413, 5: 422}
     replies = {number: lambda s=status: error_reply(s, "too long") for number, status in rejections.items()}
     with served(by_number(replies)) as api:
-        answers, _ = ask(config(api.url), corpus, questions(7))
+        answers, _ = ask(config(api.url, concurrency=1), corpus, questions(7))
         assert texts(answers) == echoes(0, 3, 6)
         assert len(api.bodies) == 7
         again, _ = ask(config(api.url), corpus, questions(7))
@@ -324,6 +324,25 @@ def test_a_rejected_question_is_a_dead_letter_and_the_rest_goes_on(corpus: Corpu
     failed = corpus.rows("SELECT status, billed FROM attempts WHERE status != 200 ORDER BY status")
     assert failed == [(status, False) for status in rejections.values()]
     assert count(corpus, "pending") == 0
+
+
+def test_a_404_before_any_answer_stops_instead_of_killing_every_question(corpus: Corpus) -> None:
+    with served(FakeAPI(lambda body, request: error_reply(404, "no such model"))) as api:
+        with pytest.raises(TeacherRefused, match=r"check teacher\.base_url and teacher\.model"):
+            ask(config(api.url, concurrency=2), corpus, questions(6))
+        assert len(api.bodies) <= 4
+    assert count(corpus, "dead_letters") == 0
+    assert count(corpus, "pending") == 6
+
+
+def test_a_call_keeps_the_id_that_support_asks_for(corpus: Corpus) -> None:
+    def reply(body: dict[str, Any], request: web.Request) -> web.StreamResponse:
+        status, answer = (400, {"error": {"message": "no"}}) if "1" in body["messages"][-1]["content"] else (200, None)
+        return web.json_response(answer or chat_reply("yes"), status=status, headers={"x-request-id": f"id-{status}"})
+
+    with served(FakeAPI(reply)) as api:
+        ask(config(api.url, concurrency=1), corpus, questions(2))
+    assert corpus.rows("SELECT server_request_id FROM attempts ORDER BY ALL") == [("id-200",), ("id-400",)]
 
 
 @pytest.mark.parametrize(

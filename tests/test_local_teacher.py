@@ -22,6 +22,7 @@ import yaml
 from blackbox_kd import sample, serve
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.errors import ConfigError, RequestRejected, TeacherUnreachable
+from blackbox_kd.teachers.base import Reply
 from blackbox_kd.teachers.local import LocalTeacherConfig
 from blackbox_kd.teachers.openai import OpenAITeacherConfig
 from blackbox_kd.teachers.wire import chat_body, decode_reply
@@ -93,14 +94,14 @@ def ask(url: str, text: str, seeds: list[int], **sampling: Any) -> list[Completi
     messages = [{"role": "user", "content": text}]
     bodies = [chat_body(config, messages, SamplingParams(**sampling), seed) for seed in seeds]
 
-    async def send() -> list[bytes]:
+    async def send() -> list[Reply]:
         async with config.connect() as transport:
             return await asyncio.gather(*(transport.send(body) for body in bodies))
 
     replies = zip(asyncio.run(send()), bodies, strict=True)
     return [
-        decode_reply(data, Request(purpose="sample", body=body, prompt_id="p"), "teacher", 0)[0][0]
-        for data, body in replies
+        decode_reply(reply.data, Request(purpose="sample", body=body, prompt_id="p"), "teacher", 0)[0][0]
+        for reply, body in replies
     ]
 
 

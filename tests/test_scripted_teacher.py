@@ -9,6 +9,7 @@ import pytest
 
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.errors import ConfigError, TransientError
+from blackbox_kd.teachers.base import Reply
 from blackbox_kd.teachers.scripted import ScriptedTeacherConfig, ScriptedTransport
 from blackbox_kd.teachers.teacher import Teacher
 from blackbox_kd.teachers.wire import decode_reply
@@ -22,12 +23,12 @@ ASKED = {
 
 
 def answer(body: dict[str, Any], **options: Any) -> Completion:
-    async def once() -> bytes:
+    async def once() -> Reply:
         async with ScriptedTeacherConfig(**options).connect() as transport:
             return await transport.send(body)
 
     request = Request(purpose="sample", body=body, prompt_id="p")
-    (completion,), _ = decode_reply(asyncio.run(once()), request, "teacher", 0)
+    (completion,), _ = decode_reply(asyncio.run(once()).data, request, "teacher", 0)
     return completion
 
 

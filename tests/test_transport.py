@@ -20,7 +20,7 @@ from blackbox_kd.errors import (
     TeacherUnreachable,
     TransientError,
 )
-from blackbox_kd.teachers.base import api_key
+from blackbox_kd.teachers.base import Reply, api_key
 from blackbox_kd.teachers.openai import OpenAITeacherConfig
 from tests.fakes import FakeAPI, chat_reply, cut_short, error_reply, reset, served, serving, unused_port
 
@@ -30,12 +30,12 @@ BODY = {"model": "m", "messages": [{"role": "user", "content": "Grüß Gott 🌍
 def send(url: str, body: dict[str, Any] = BODY, **options: Any) -> Any:
     """One question over a transport of its own; the reply as JSON."""
 
-    async def once() -> bytes:
+    async def once() -> Reply:
         config = OpenAITeacherConfig(**{"model": "m", "base_url": url, "api_key_env": None} | options)
         async with config.connect() as transport:
             return await transport.send(body)
 
-    return json.loads(asyncio.run(once()))
+    return json.loads(asyncio.run(once()).data)
 
 
 @pytest.mark.parametrize("slash", ["", "/"])

@@ -125,6 +125,7 @@ def test_a_choice_without_an_index_is_the_first() -> None:
 def test_a_refusal_is_the_text() -> None:
     completions, _ = decode({"choices": [choice(None, refusal="I cannot.")]})
     assert completions[0].text == "I cannot."
+    assert completions[0].finish_reason == "refusal"  # so that it is not learnt
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])

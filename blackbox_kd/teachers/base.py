@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from pydantic import Field
 
@@ -13,11 +13,20 @@ from blackbox_kd.errors import ConfigError
 from blackbox_kd.types import Usage
 
 
+class Reply(NamedTuple):
+    """A 200."""
+
+    data: bytes
+    """Its body."""
+    server_request_id: str | None = None
+    """Its `x-request-id`."""
+
+
 class Transport(Protocol):
     """Sends one body, once. Retrying, pacing and storing are the engine's."""
 
-    async def send(self, body: dict[str, Any]) -> bytes:
-        """The body of a 200 reply.
+    async def send(self, body: dict[str, Any]) -> Reply:
+        """The reply, where it is a 200.
 
         Raises:
             TeacherError: by status, see `teachers.wire.error_of`.

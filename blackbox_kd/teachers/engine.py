@@ -17,7 +17,14 @@ import tenacity
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.corpus.journal import Answered, Sent
 from blackbox_kd.corpus.writer import Writer
-from blackbox_kd.errors import RateLimited, RequestRejected, TeacherError, TeacherUnreachable, TransientError
+from blackbox_kd.errors import (
+    RateLimited,
+    RequestRejected,
+    TeacherError,
+    TeacherRefused,
+    TeacherUnreachable,
+    TransientError,
+)
 from blackbox_kd.progress import counting, say
 from blackbox_kd.teachers.base import TeacherConfig, Transport
 from blackbox_kd.teachers.wire import decode_reply
@@ -105,6 +112,8 @@ class Engine:
                 self._open.remove(batch)
         if batch.error:
             raise batch.error
+        if batch.failed == len(todo):
+            raise TeacherUnreachable(f"none of {len(todo)} requests got through: {batch.last_failure}")
         if batch.failed:
             say(f"{batch.failed} of {len(todo)} requests failed ({batch.last_failure}); they stay pending, run again")
 
@@ -170,14 +179,19 @@ class Engine:
         outcome: dict[str, object] = {}
         dead = False
         try:
-            data = await self._transport.send(request.body)
-            outcome = {"status": 200, "billed": True}
-            completions, usage = decode_reply(data, request, self._author, round_)
+            reply = await self._transport.send(request.body)
+            outcome = {"status": 200, "billed": True, "server_request_id": reply.server_request_id}
+            completions, usage = decode_reply(reply.data, request, self._author, round_)
             outcome |= {"usage": usage, "cost_usd": self._cost(usage)}
         except TeacherError as error:
             # No status: the connection died, and nobody knows whether the call was paid for.
-            outcome = {"billed": None if error.status in (None, 200) else False, "status": error.status,
-                       "error": str(error), "retry_after_s": error.retry_after_s}  # fmt: skip
+            outcome |= {"billed": None if error.status in (None, 200) else False, "status": error.status,
+                        "error": str(error), "retry_after_s": error.retry_after_s}  # fmt: skip
+            outcome.setdefault("server_request_id", error.server_request_id)
+            if error.status in (404, 405) and not self.asked:  # else every request would become a dead letter
+                raise TeacherRefused(
+                    f"the first answer is {error}; check teacher.base_url and teacher.model", status=error.status
+                ) from error
             dead = isinstance(error, RequestRejected)
             self._learn(error, clock)
             raise

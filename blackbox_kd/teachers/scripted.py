@@ -12,7 +12,7 @@ import jinja2
 import jinja2.meta
 
 from blackbox_kd.errors import ConfigError
-from blackbox_kd.teachers.base import TeacherConfig, Transport
+from blackbox_kd.teachers.base import Reply, TeacherConfig, Transport
 
 Script = Callable[[dict[str, Any]], str]
 """Body of a question -> text of the answer; it may raise a TeacherError."""
@@ -63,7 +63,7 @@ class ScriptedTransport:
         self._script = script
         self.bodies: list[dict[str, Any]] = []
 
-    async def send(self, body: dict[str, Any]) -> bytes:
+    async def send(self, body: dict[str, Any]) -> Reply:
         """A chat completion whose tokens are its words, with made-up but repeatable logprobs."""
         self.bodies.append(body)
         text = self._script(body)
@@ -81,7 +81,7 @@ class ScriptedTransport:
             "choices": [choice],
             "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": len(words)},
         }
-        return json.dumps(reply).encode()
+        return Reply(json.dumps(reply).encode())
 
 
 def _token(word: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import httpx
 import msgspec
 
 from blackbox_kd.errors import TeacherRefused, TeacherUnreachable, TransientError
+from blackbox_kd.teachers.base import Reply
 from blackbox_kd.teachers.wire import error_of
 
 
@@ -21,16 +22,19 @@ class FastTransport:
         self._session, self._key = session, key
         self._url = f"{base_url.rstrip('/')}/chat/completions"
 
-    async def send(self, body: dict[str, Any]) -> bytes:
-        """The body of a 200 reply; see `base.Transport`."""
+    async def send(self, body: dict[str, Any]) -> Reply:
+        """See `base.Transport`."""
         try:
             async with self._session.post(self._url, data=msgspec.json.encode(body)) as response:
                 data = await response.read()
+                request_id = response.headers.get("x-request-id")
                 if response.status != 200:
                     if self._key:  # some endpoints say which key they did not like
                         data = data.replace(self._key.encode(), b"***")
-                    raise error_of(response.status, data, {k.lower(): v for k, v in response.headers.items()})
-                return data
+                    error = error_of(response.status, data, {k.lower(): v for k, v in response.headers.items()})
+                    error.server_request_id = request_id
+                    raise error
+                return Reply(data, request_id)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise TransientError(f"{type(error).__name__}: {error}".rstrip(": ")) from error
 

@@ -116,7 +116,7 @@ def decode_reply(data: bytes, request: Request, author: Author, round_: int) -> 
             round=round_,
             text=choice.message.content or choice.message.refusal or "",
             reasoning=choice.message.reasoning_content or choice.message.reasoning,
-            finish_reason=choice.finish_reason or "unknown",
+            finish_reason="refusal" if refused(choice.message) else choice.finish_reason or "unknown",
             choice_idx=choice.index if len(indexes) == len(reply.choices) else position,
             served_model=reply.model,
             system_fingerprint=reply.system_fingerprint,
@@ -126,6 +126,11 @@ def decode_reply(data: bytes, request: Request, author: Author, round_: int) -> 
         for position, choice in enumerate(reply.choices)
     ]
     return completions, usage
+
+
+def refused(message: _Message) -> bool:
+    """Whether the model declined, in the field that some APIs have for it; such a text must not be learnt."""
+    return bool(message.refusal) and not message.content
 
 
 def _usage(usage: _Usage | None) -> Usage:
