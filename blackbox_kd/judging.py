@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from blackbox_kd.hashing import content_id
 from blackbox_kd.prompts import PrivateContext, Template
 from blackbox_kd.types import Completion, Message, Rollout
 
@@ -13,6 +14,8 @@ class RewritePrompt:
         """`system` is the teacher's own template; `examples` show rewrites, already rendered."""
         self._template = Template(template, f"{where}.template")
         self.context = PrivateContext(system, examples, where)
+        self.content_hash = content_id([self._template.source, self.context.context_hash])
+        """Of the files, not of their names."""
 
     def messages(self, rollout: Rollout) -> list[Message]:
         """The conversation with its last question replaced by question and draft."""

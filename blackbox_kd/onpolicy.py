@@ -27,17 +27,14 @@ from blackbox_kd.student.student import ADAPTER_FILE, Student
 from blackbox_kd.student.update import Updater
 from blackbox_kd.types import Prompt, TrainSample
 
-SETTINGS = ("seed", "student", "sft", "sample", "onpolicy")
 OPTIMIZER_FILE = "optimizer.pt"
 
 
 async def run(project: Project) -> dict[str, Any]:
     """All rounds that are not done yet; metrics of each by name."""
     config, run_dir, loop = project.config, project.run_dir, project.config.onpolicy
-    settings = config.sections(*SETTINGS)
-    settings["onpolicy"].pop("rounds")  # more rounds continue the same experiment
     names = ["sft", *(f"round-{r}" for r in range(1, loop.rounds + 1))]
-    done = 1 + len(list(takewhile(lambda name: run_dir.done(name, settings), names[1:])))
+    done = 1 + len(list(takewhile(lambda name: run_dir.done(name, settings(project)), names[1:])))
     if not run_dir.checkpoint("sft").exists():
         raise ConfigError(f"no {run_dir.checkpoint('sft')}: run `sft` first")
     if done == len(names):
@@ -76,7 +73,7 @@ async def run(project: Project) -> dict[str, Any]:
         }
         name = f"round-{round_}"
         project.log("onpolicy", metric_rows(name, round_, metrics, steps))
-        with run_dir.committing(name, settings) as folder:
+        with run_dir.committing(name, settings(project)) as folder:
             student.save(folder)
             updater.save(folder / OPTIMIZER_FILE)
             write_card(
@@ -91,6 +88,13 @@ async def run(project: Project) -> dict[str, Any]:
         say(f"onpolicy: {name}: {len(rollouts)} rollouts, {len(outcome.samples)} targets, {len(replayed)} replayed, "
             f"{len(steps)} steps, loss {steps[0]['loss']:.3f} -> {steps[-1]['loss']:.3f}")  # fmt: skip
     return {"rounds": rounds}
+
+
+def settings(project: Project) -> dict[str, Any]:
+    """What a round depends on; more rounds continue the same experiment."""
+    found = project.settings("seed", "student", "sft", "sample", "onpolicy")
+    del found["onpolicy"]["rounds"]
+    return found | {"algorithm_files": project.config.onpolicy.algorithm.files_hash()}
 
 
 def draw(project: Project, round_: int) -> list[Prompt]:

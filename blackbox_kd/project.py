@@ -143,6 +143,11 @@ class Project:
         """Train prompts of the sequence-level stage."""
         return self.prompts["train"][: self.config.sample.max_prompts]
 
+    def settings(self, *sections: str) -> dict[str, Any]:
+        """What a checkpoint depends on: sections of the config, and whose answers it learns."""
+        teacher = {"model": self.config.teacher.model, "context_hash": self.teacher.context.context_hash}
+        return {**self.config.sections(*sections), "teacher": teacher}
+
     def log(self, stage: str, rows: list[dict[str, Any]]) -> None:
         """Metrics to metrics.jsonl and to the corpus; a row names at least `name` and `value`."""
         defaults = {"run_id": self.run_id, "stage": stage, "checkpoint": "", "round": 0, "step": 0, "split": "train",

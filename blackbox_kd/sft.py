@@ -33,16 +33,12 @@ from blackbox_kd.student.render import Rendered
 from blackbox_kd.student.student import Student
 from blackbox_kd.types import Prompt
 
-SETTINGS = ("seed", "student", "sft", "sample")
-"""Sections that the checkpoint depends on, beside its rows."""
-
 
 async def run(project: Project) -> dict[str, Any]:
     """The best checkpoint by dev NLL; done at once where it exists already."""
     config, run_dir = project.config, project.run_dir
     rows = training_rows(project)
-    settings = config.sections(*SETTINGS)
-    if run_dir.done("sft", settings):
+    if run_dir.done("sft", settings(project)):
         say(f"sft: {run_dir.checkpoint('sft')} is there already")
         return {"checkpoint": str(run_dir.checkpoint("sft"))}
     student = Student(config.student, seed=config.seed)
@@ -56,12 +52,17 @@ async def run(project: Project) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.exists() else None)
     history = metric_rows(trainer.state.log_history)
     project.log("sft", history)
-    with run_dir.committing("sft", settings) as folder:
+    with run_dir.committing("sft", settings(project)) as folder:
         student.save(folder)
         write_card(folder, project, "sft", f"SFT on {len(train_rows)} teacher answers", student.config.model)
     shutil.rmtree(work)
     say(f"sft: {trainer.state.global_step} steps, best dev NLL {trainer.state.best_metric}")
     return {"checkpoint": str(run_dir.checkpoint("sft")), "steps": trainer.state.global_step}
+
+
+def settings(project: Project) -> dict[str, Any]:
+    """What the checkpoint depends on, beside its rows."""
+    return project.settings("seed", "student", "sft", "sample")
 
 
 def training_rows(project: Project) -> list[tuple[Prompt, str]]:

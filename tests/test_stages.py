@@ -157,6 +157,20 @@ def test_other_settings_do_not_mix_with_an_old_checkpoint(
     assert "was made with sft.trainer.learning_rate 0.001, the config now says 0.01" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("edit", ["teacher", "rewrite"])
+def test_an_edited_template_is_another_experiment(
+    edit: str, project_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rules = project_file.parent / "rules.md.j2"
+    rules.write_text("Be short.")
+    private = ["--teacher.prompt.template", str(rules)]
+    assert main(["run", "--config", str(project_file), *private]) == 0
+    edited = rules if edit == "teacher" else project_file.parent / "rewrite.md.j2"
+    edited.write_text(edited.read_text() + " Really.")
+    assert main(["run", "--config", str(project_file), *private]) == 2
+    assert ("teacher.context_hash" if edit == "teacher" else "algorithm_files") in capsys.readouterr().err
+
+
 def test_the_trainer_block_reaches_trl_untouched(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", "--config", str(project_file)]) == 0
     assert main(["sft", "--config", str(project_file), "--sft.trainer.learning_rat", "1"]) == 2

@@ -43,6 +43,10 @@ class AlgorithmConfig(Section):
     name: str
     """The one that `onpolicy.algorithm.name` chooses by; a Literal in each algorithm."""
 
+    def files_hash(self) -> str | None:
+        """Hash of the files that the algorithm reads, so that an edit is not taken for the same experiment."""
+        return None
+
     def build(self, teacher: Teacher, renderer: Renderer) -> Algorithm:
         """The algorithm, its files read and checked."""
         raise NotImplementedError

@@ -36,6 +36,10 @@ class RelabelConfig(AlgorithmConfig):
     max_completion_length: int = Field(256, ge=1)
     """Tokens."""
 
+    def files_hash(self) -> str:
+        """Of template and examples."""
+        return RewritePrompt(None, self.template, self.examples, "onpolicy.algorithm").content_hash
+
     def build(self, teacher: Teacher, renderer: Renderer) -> Relabel:
         """With its template and examples read."""
         return Relabel(self, teacher, renderer)
