@@ -18,9 +18,10 @@ from blackbox_kd.corpus.journal import Answered, Segment, Sent
 from blackbox_kd.errors import TeacherError, TeacherRefused, TeacherUnreachable
 from blackbox_kd.prompts import PrivateContext
 from blackbox_kd.teachers.base import PriceConfig
-from blackbox_kd.teachers.engine import FAILURES_TO_STOP, Engine
+from blackbox_kd.teachers.engine import Engine
 from blackbox_kd.teachers.openai import OpenAITeacherConfig
 from blackbox_kd.teachers.teacher import Teacher
+from blackbox_kd.teachers.work import FAILURES_TO_STOP
 from blackbox_kd.types import Attempt, Completion, Prompt, Request, SamplingParams, Usage
 from tests.conftest import RUN_ID
 from tests.fakes import Answer, FakeAPI, chat_reply, cut_short, error_reply, reset, served, unused_port

@@ -8,9 +8,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import AsyncExitStack, aclosing, suppress
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing
 
 import tenacity
 
@@ -28,16 +27,13 @@ from blackbox_kd.errors import (
 from blackbox_kd.progress import counting, say
 from blackbox_kd.teachers.base import TeacherConfig, Transport
 from blackbox_kd.teachers.wire import decode_reply
+from blackbox_kd.teachers.work import Stopped, Work
 from blackbox_kd.types import Attempt, Author, Completion, Request, Usage, scorer
 
-DRAIN_S = 30.0
-"""How long answers in flight are waited for after an interruption."""
 MAX_RATE_LIMIT_WAIT_S = 900.0
 """A request that meets nothing but 429 for so long fails."""
 SAY_WAIT_S = 5.0
 """A pause at the gate that a person should know of."""
-FAILURES_TO_STOP = 8
-"""Requests that fail one after the other, all retries spent, before the endpoint counts as gone."""
 
 
 class Engine:
@@ -47,7 +43,7 @@ class Engine:
         self._config, self._corpus, self._run_id, self._author = config, corpus, run_id, author
         self._stack = AsyncExitStack()
         self._transport: Transport | None = None
-        self._open: list[_Batch] = []
+        self._open: list[Work] = []
         self._gate = 0.0  # monotonic time before which nothing is sent
         self._gate_closed = 0.0  # when it was closed last
         self._limited = 0  # times in a row that it was
@@ -59,8 +55,8 @@ class Engine:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        for batch in list(self._open):  # left behind by a caller who walked away from `complete`
-            await batch.drain()
+        for work in list(self._open):  # left behind by a caller who walked away from `complete`
+            await work.drain()
         await self._stack.aclose()
 
     async def complete(
@@ -95,48 +91,48 @@ class Engine:
                 yield completion
 
     async def _ask_all(self, todo: list[Request], round_: int, description: str) -> AsyncGenerator[Completion, None]:
-        batch = _Batch(todo)
+        work = Work(todo)
         with Writer(self._corpus) as writer, counting(description, len(todo)) as progress:
-            self._open.append(batch)
-            batch.workers = [
-                asyncio.create_task(self._work(batch, writer, round_))
+            self._open.append(work)
+            work.workers = [
+                asyncio.create_task(self._work(work, writer, round_))
                 for _ in range(min(self._config.concurrency, len(todo)))
             ]
             try:
-                async for completions in batch.results():
-                    progress.advance(note=f"({batch.failed} failed)" if batch.failed else "")
+                async for completions in work.results():
+                    progress.advance(note=f"({work.failed} failed)" if work.failed else "")
                     for completion in completions:
                         yield completion
             finally:  # whatever ends the loop, what is in flight is paid for: wait for it and keep it
-                await batch.drain()
-                self._open.remove(batch)
-        if batch.error:
-            raise batch.error
-        if batch.failed == len(todo):
-            raise TeacherUnreachable(f"none of {len(todo)} requests got through: {batch.last_failure}")
-        if batch.failed:
-            say(f"{batch.failed} of {len(todo)} requests failed ({batch.last_failure}); they stay pending, run again")
+                await work.drain()
+                self._open.remove(work)
+        if work.error:
+            raise work.error
+        if work.failed == len(todo):
+            raise TeacherUnreachable(f"none of {len(todo)} requests got through: {work.last_failure}")
+        if work.failed:
+            say(f"{work.failed} of {len(todo)} requests failed ({work.last_failure}); they stay pending, run again")
 
-    async def _work(self, batch: _Batch, writer: Writer, round_: int) -> None:
-        for request in batch:
+    async def _work(self, work: Work, writer: Writer, round_: int) -> None:
+        for request in work:
             try:
-                completions = await self._ask(request, batch, writer, round_)
+                completions = await self._ask(request, work, writer, round_)
             except RequestRejected as error:
                 say(f"dead letter: {error}")
                 completions = []
             except (TransientError, RateLimited) as error:
-                batch.fail(error)
+                work.fail(error)
                 completions = []
-            except _Stopped:
+            except Stopped:
                 return
             except BaseException as error:
-                batch.stop(error)
+                work.stop(error)
                 raise
             else:
-                batch.in_a_row = 0
-            await batch.queue.put(completions)
+                work.in_a_row = 0
+            await work.queue.put(completions)
 
-    async def _ask(self, request: Request, batch: _Batch, writer: Writer, round_: int) -> list[Completion]:
+    async def _ask(self, request: Request, work: Work, writer: Writer, round_: int) -> list[Completion]:
         """One request until it is answered, rejected, or has failed too often."""
         started, transient = time.monotonic(), 0
 
@@ -159,14 +155,14 @@ class Engine:
             retry=tenacity.retry_if_exception_type((TransientError, RateLimited)),
             stop=spent,
             wait=wait,
-            sleep=batch.sleep,
+            sleep=work.sleep,
             reraise=True,
         )
-        return await retrying(self._attempt, request, batch, writer, round_)
+        return await retrying(self._attempt, request, work, writer, round_)
 
-    async def _attempt(self, request: Request, batch: _Batch, writer: Writer, round_: int) -> list[Completion]:
+    async def _attempt(self, request: Request, work: Work, writer: Writer, round_: int) -> list[Completion]:
         """One HTTP call; its outcome is in the journal before it is anybody's."""
-        await self._pass_gate(batch)
+        await self._pass_gate(work)
         assert self._transport is not None
         identity = {
             "attempt_id": str(uuid.uuid4()),
@@ -211,11 +207,11 @@ class Engine:
         """None where the price is not known, or the reply does not say how much was used."""
         return self._config.price.cost(usage) if self._config.price and usage != Usage() else None
 
-    async def _pass_gate(self, batch: _Batch) -> None:
-        if batch.stopped:
-            raise _Stopped
+    async def _pass_gate(self, work: Work) -> None:
+        if work.stopped:
+            raise Stopped
         while (left := self._gate - time.monotonic()) > 0:
-            await batch.sleep(left)
+            await work.sleep(left)
 
     def _learn(self, error: TeacherError, sent: float) -> None:
         """A 429 closes the gate for everybody, for as long as the endpoint asks or twice as long as the last time."""
@@ -236,79 +232,3 @@ class Engine:
             self.missing_logprobs += 1
             if self.missing_logprobs == 1:
                 say(f"{request.model} was asked for logprobs and gave none; the text is kept, soft labels will lack")
-
-
-class _Stopped(Exception):
-    """Nothing more is sent: the batch has ended."""
-
-
-class _Batch:
-    """The shared state of the workers on one list of requests."""
-
-    def __init__(self, todo: Sequence[Request]) -> None:
-        self._todo = iter(todo)
-        self.workers: list[asyncio.Task[None]] = []
-        self.queue: asyncio.Queue[list[Completion]] = asyncio.Queue()
-        self._ended = asyncio.Event()
-        self.error: BaseException | None = None
-        self.failed = 0
-        self.in_a_row = 0
-        self.last_failure = ""
-
-    def __iter__(self) -> Iterator[Request]:
-        while not self.stopped:
-            try:
-                yield next(self._todo)
-            except StopIteration:
-                return
-
-    @property
-    def stopped(self) -> bool:
-        """Whether nothing more is admitted."""
-        return self._ended.is_set()
-
-    async def sleep(self, seconds: float) -> None:
-        """Wait, unless the batch ends meanwhile."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._ended.wait()
-        if self.stopped:
-            raise _Stopped
-
-    async def drain(self) -> None:
-        """Admit nothing more and wait for what is in flight; not for ever, and not if told again to stop."""
-        self._ended.set()
-        try:
-            await asyncio.wait(self.workers, timeout=DRAIN_S)
-        finally:
-            late = [worker for worker in self.workers if not worker.done()]
-            for worker in late:
-                worker.cancel()
-            if late:  # they still note that they were interrupted
-                await asyncio.wait(late)
-
-    def fail(self, error: TeacherError) -> None:
-        self.failed += 1
-        self.in_a_row += 1
-        self.last_failure = str(error)
-        if self.in_a_row >= FAILURES_TO_STOP:
-            self.stop(TeacherUnreachable(f"{self.in_a_row} requests in a row failed, the last with: {error}"))
-
-    def stop(self, error: BaseException) -> None:
-        """Admit nothing more; the first error is the one that counts."""
-        self._ended.set()
-        self.error = self.error or error
-
-    async def results(self) -> AsyncIterator[list[Completion]]:
-        """What arrives, until all workers are done."""
-        ended = asyncio.gather(*self.workers, return_exceptions=True)
-        while not (ended.done() and self.queue.empty()):
-            getter = asyncio.ensure_future(self.queue.get())
-            try:
-                waited: set[asyncio.Future[Any]] = {getter, ended}
-                await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                if not getter.done():
-                    getter.cancel()
-            if getter.done() and not getter.cancelled():
-                yield getter.result()
