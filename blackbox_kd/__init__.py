@@ -1,7 +1,7 @@
 """Distil a hosted teacher into a small LoRA student that learns from its own samples.
 
-Reading path: `types` (what flows), `sample`, `sft`, `onpolicy`, `evaluate` (a stage is a page),
-`teachers.engine` (how an endpoint is asked), `corpus.schema.sql` (what is kept).
+Reading path: `types` (what flows), `sample` and `onpolicy` (a stage is a page), `algorithms.relabel` (an idea is a
+file), `student.update` (what is learnt), `teachers.engine` (how an endpoint is asked).
 """
 
 import os

@@ -53,6 +53,8 @@ async def capture(project: Project) -> FixedSet:
     A prompt without two whole answers (cut off, filtered, rejected) is left out, and said to be.
     """
     prompts = [prompt for split in FIXED_SPLITS for prompt in project.prompts[split]]
+    if not prompts:
+        say("there are no heldout or ood prompts: checkpoints cannot be compared on the teacher's answers")
     config = project.config.evaluate
     greedy = SamplingParams(temperature=0.0, max_completion_length=config.max_completion_length)
     sampled = SamplingParams(
@@ -62,10 +64,8 @@ async def capture(project: Project) -> FixedSet:
         (project.teacher.request(p, "evaluate", greedy), project.teacher.request(p, "evaluate", sampled))
         for p in prompts
     ]
-    found: dict[str, Completion] = {}
     requests = [request for pair in asked for request in pair]
-    async for completion in project.teacher.complete(requests, description="capture the fixed set"):
-        found.setdefault(completion.request_key, completion)
+    found = await project.teacher.answers(requests, description="capture the fixed set")
     answers = []
     for prompt, (first, second) in zip(prompts, asked, strict=True):
         one, two = found.get(first.request_key), found.get(second.request_key)

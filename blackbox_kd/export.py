@@ -16,7 +16,7 @@ from pathlib import Path
 
 from blackbox_kd.corpus import export, query
 from blackbox_kd.errors import ConfigError
-from blackbox_kd.project import guarded
+from blackbox_kd.project import OneLineParser, guarded
 from blackbox_kd.sql import add_corpus_flag, corpus_of
 
 _MESSAGES = """from_json(messages, '[{"role": "VARCHAR", "content": "VARCHAR"}]')"""
@@ -50,7 +50,7 @@ def run(corpus: Path, out: Path) -> dict[str, int]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="blackbox-kd export-corpus",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

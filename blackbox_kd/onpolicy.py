@@ -34,8 +34,8 @@ async def run(project: Project) -> dict[str, Any]:
     """All rounds that are not done yet; metrics of each by name."""
     config, run_dir, loop = project.config, project.run_dir, project.config.onpolicy
     names = ["sft", *(f"round-{r}" for r in range(1, loop.rounds + 1))]
-    done = 1 + len(list(takewhile(lambda name: run_dir.done(name, settings(project)), names[1:])))
-    if not run_dir.checkpoint("sft").exists():
+    done = 1 + len(list(takewhile(lambda name: run_dir.done(name, project.settings_of(name)), names[1:])))
+    if not run_dir.done("sft", project.settings_of("sft")):
         raise ConfigError(f"no {run_dir.checkpoint('sft')}: run `sft` first")
     if done == len(names):
         say(f"onpolicy: all {loop.rounds} rounds are there already")
@@ -62,7 +62,8 @@ async def run(project: Project) -> dict[str, Any]:
         project.corpus.add_feedback(outcome.feedback, round_=round_, run_id=project.run_id)
         check(outcome, loop.max_failed_feedback)
         replayed = replay(project, student, len(outcome.samples), round_)
-        steps = updater.run([*outcome.samples, *replayed], phase_seed(config.seed, round_, "update"))
+        samples = fitting([*outcome.samples, *replayed], config.student.max_length)
+        steps = updater.run(samples, phase_seed(config.seed, round_, "update"))
         metrics = {
             "feedback": len(outcome.samples),
             "feedback_failed": outcome.failed / max(1, outcome.asked),
@@ -72,8 +73,7 @@ async def run(project: Project) -> dict[str, Any]:
             / max(1, sum(len(r.logprobs) for r in rollouts)),
         }
         name = f"round-{round_}"
-        project.log("onpolicy", metric_rows(name, round_, metrics, steps))
-        with run_dir.committing(name, settings(project)) as folder:
+        with run_dir.committing(name, project.settings_of(name)) as folder:
             student.save(folder)
             updater.save(folder / OPTIMIZER_FILE)
             write_card(
@@ -83,18 +83,12 @@ async def run(project: Project) -> dict[str, Any]:
                 f"on-policy `{loop.algorithm.name}`, round {round_}",
                 config.student.model,
             )
+        project.log("onpolicy", metric_rows(name, round_, metrics, steps))
         student.policy = file_hash(run_dir.checkpoint(name) / ADAPTER_FILE)
         rounds[name] = {**metrics, "loss": steps[-1]["loss"]}
         say(f"onpolicy: {name}: {len(rollouts)} rollouts, {len(outcome.samples)} targets, {len(replayed)} replayed, "
             f"{len(steps)} steps, loss {steps[0]['loss']:.3f} -> {steps[-1]['loss']:.3f}")  # fmt: skip
     return {"rounds": rounds}
-
-
-def settings(project: Project) -> dict[str, Any]:
-    """What a round depends on; more rounds continue the same experiment."""
-    found = project.settings("seed", "student", "sft", "sample", "onpolicy")
-    del found["onpolicy"]["rounds"]
-    return found | {"algorithm_files": project.config.onpolicy.algorithm.files_hash()}
 
 
 def draw(project: Project, round_: int) -> list[Prompt]:
@@ -121,18 +115,26 @@ def check(outcome: Outcome, limit: float) -> None:
         )
 
 
+def fitting(samples: list[TrainSample], max_length: int) -> list[TrainSample]:
+    """Those that are not longer than `student.max_length`; the others are counted."""
+    kept = [sample for sample in samples if len(sample.input_ids) <= max_length]
+    if len(kept) < len(samples):
+        say(f"{len(samples) - len(kept)} samples are longer than student.max_length; they are left out")
+    return kept
+
+
 def replay(project: Project, student: Student, targets: int, round_: int) -> list[TrainSample]:
     """Teacher rows of the sequence-level stage, so many that they are the share `replay` of the update."""
     share = project.config.onpolicy.replay
     wanted = round(targets * share / (1 - share))
-    by_id = {prompt.prompt_id: prompt for prompt in project.sampled_prompts}
-    teacher = project.teacher
-    rows = project.corpus.teacher_rows(teacher.config.model, teacher.context.context_hash, list(by_id))
+    rows = project.training_rows()
     rng = random.Random(phase_seed(project.config.seed, round_, "replay"))
     chosen = rng.sample(rows, min(wanted, len(rows)))
+    if len(chosen) < wanted:
+        say(f"replay: only {len(chosen)} teacher rows for {wanted} places")
     return [
-        ce_sample(completion_id, student.renderer.render(by_id[prompt_id].messages, text.strip()))
-        for prompt_id, completion_id, text in chosen
+        ce_sample(completion_id, student.renderer.render(prompt.messages, text))
+        for prompt, completion_id, text in chosen
     ]
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import signal
+import sys
+import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from functools import reduce
 from operator import or_
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from pydantic import Field
 
@@ -30,13 +34,14 @@ from blackbox_kd.config import (
 )
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.errors import BlackboxKDError, ConfigError
+from blackbox_kd.hashing import content_id
 from blackbox_kd.progress import say
 from blackbox_kd.prompts import load_prompts
 from blackbox_kd.run_dir import RunDir
 from blackbox_kd.teachers import providers
 from blackbox_kd.teachers.base import TeacherConfig
 from blackbox_kd.teachers.teacher import Teacher
-from blackbox_kd.types import Prompt, SamplingParams, Split
+from blackbox_kd.types import Prompt, Request, SamplingParams, Split
 
 INTERRUPTED = 130
 
@@ -122,6 +127,8 @@ class Project:
             self.run_dir = stack.enter_context(RunDir(config.run_dir))
             self.corpus = Corpus(config.corpus_path)
             self.teacher = Teacher(config.teacher, self.corpus, self.run_dir.run_id, draws=config.sample.n)
+            for name in self.run_dir.checkpoints():  # before the config of the run is overwritten
+                self.run_dir.done(name, self.settings_of(name))
             resolved = config.model_dump(mode="json") | {"corpus": str(config.corpus_path)}
             self.run_dir.save_config(resolved)
             context_hash = self.teacher.context.context_hash
@@ -143,10 +150,32 @@ class Project:
         """Train prompts of the sequence-level stage."""
         return self.prompts["train"][: self.config.sample.max_prompts]
 
-    def settings(self, *sections: str) -> dict[str, Any]:
-        """What a checkpoint depends on: sections of the config, and whose answers it learns."""
-        teacher = {"model": self.config.teacher.model, "context_hash": self.teacher.context.context_hash}
-        return {**self.config.sections(*sections), "teacher": teacher}
+    def sample_requests(self) -> list[Request]:
+        """The questions of the sequence-level stage: one for each draw of each sampled train prompt."""
+        config = self.config.sample
+        return [
+            self.teacher.request(prompt, "sample", config.sampling, sample_idx=draw)
+            for prompt in self.sampled_prompts
+            for draw in range(config.n if config.temperature > 0 else 1)
+        ]
+
+    def training_rows(self) -> list[tuple[Prompt, str, str]]:
+        """(prompt, completion_id, answer): whole answers to exactly those questions, by completion_id."""
+        by_id = {prompt.prompt_id: prompt for prompt in self.sampled_prompts}
+        keys = [request.request_key for request in self.sample_requests()]
+        return [(by_id[p], completion_id, text.strip()) for p, completion_id, text in self.corpus.whole_answers(keys)]
+
+    def settings_of(self, checkpoint: str) -> dict[str, Any]:
+        """What a checkpoint depends on; more rounds continue the same experiment."""
+        config = self.config
+        found = config.sections("seed", "student", "sft", "sample")
+        found["questions"] = content_id([request.request_key for request in self.sample_requests()])
+        if checkpoint != "sft":
+            found |= config.sections("onpolicy")
+            del found["onpolicy"]["rounds"]
+            found["algorithm_files"] = config.onpolicy.algorithm.files_hash()
+            found["train_prompts"] = content_id([prompt.prompt_id for prompt in self.prompts["train"]])
+        return found
 
     def log(self, stage: str, rows: list[dict[str, Any]]) -> None:
         """Metrics to metrics.jsonl and to the corpus; a row names at least `name` and `value`."""
@@ -164,9 +193,18 @@ Show = Callable[[Project, dict[str, Any]], None]
 """Prints a stage's result for a person."""
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A mistake is one line, as everywhere else."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say it and end with exit code 2."""
+        say(f"error: {message} (see {self.prog} --help)")
+        raise SystemExit(2)
+
+
 def parser(command: str, doc: str) -> argparse.ArgumentParser:
     """Flags that every command has; the config's own keys are read as dotted overrides."""
-    made = argparse.ArgumentParser(
+    made = OneLineParser(
         prog=f"blackbox-kd {command}",
         description=doc.strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -206,9 +244,12 @@ def guarded(body: Callable[[], int], *, debug: bool) -> int:
         return body()
     except BlackboxKDError as error:
         if debug:
-            raise
+            traceback.print_exc()
         say(f"error: {error}")
         return error.exit_code
+    except BrokenPipeError:  # `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (KeyboardInterrupt, asyncio.CancelledError):
         say("interrupted; what was received is kept, the same command goes on from here")
         return INTERRUPTED
@@ -234,5 +275,19 @@ def stage_main(
 
 
 async def _closing(stage: Stage, project: Project) -> dict[str, Any]:
-    async with project.teacher:
-        return await stage(project)
+    task = asyncio.current_task()
+    assert task is not None
+
+    def interrupted(*_: object) -> None:
+        """Answers in flight are waited for; training stops where it is, its checkpoints are on disk."""
+        if project.teacher.engine.busy:
+            task.get_loop().call_soon_threadsafe(task.cancel)
+        else:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupted)
+    try:
+        async with project.teacher:
+            return await stage(project)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jinja2
+import jinja2.meta
 
 from blackbox_kd.config import PromptsConfig, find_file
 from blackbox_kd.errors import ConfigError
@@ -115,6 +116,11 @@ class Template:
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"{what} {self.path}:{error.lineno}: {error.message}") from error
 
+    @property
+    def variables(self) -> set[str]:
+        """Names that the template uses."""
+        return jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(self.source))
+
     def render(self, **variables: Any) -> str:
         """The text with its variables filled in."""
         try:
@@ -141,5 +147,8 @@ class PrivateContext:
         turns = [m for m in messages if m["role"] != "system"]
         if self._template is None:
             return [*own, *self._examples, *turns]
-        system = self._template.render(system="\n\n".join(m["content"] for m in own))
+        said = "\n\n".join(m["content"] for m in own)
+        system = self._template.render(system=said)
+        if said and "system" not in self._template.variables:  # the prompt's own rules still hold
+            system = f"{system}\n\n{said}"
         return [{"role": "system", "content": system}, *self._examples, *turns]

@@ -33,12 +33,12 @@ async def run(project: Project) -> dict[str, Any]:
 def check(project: Project) -> None:
     """Everything that can be known to be wrong before anything is paid."""
     config = project.config
-    for name in project.run_dir.checkpoints():
-        stage = sft if name == "sft" else onpolicy
-        project.run_dir.done(name, stage.settings(project))
     sft.trainer_config(config, project.run_dir.path / "trainer", has_dev=config.sft.dev_fraction > 0)
     student = Student(config.student, seed=config.seed)
     config.onpolicy.algorithm.build(project.teacher, student.renderer)
+    for prompts in project.prompts.values():
+        for prompt in prompts:
+            student.renderer.prompt(prompt.messages)
 
 
 def show(project: Project, summary: dict[str, Any]) -> None:

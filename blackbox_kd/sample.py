@@ -13,22 +13,11 @@ from typing import Any
 
 from blackbox_kd.progress import say
 from blackbox_kd.project import Project, stage_main
-from blackbox_kd.types import Request
-
-
-def requests(project: Project) -> list[Request]:
-    """One for each draw of each sampled train prompt."""
-    config = project.config.sample
-    return [
-        project.teacher.request(prompt, "sample", config.sampling, sample_idx=draw)
-        for prompt in project.sampled_prompts
-        for draw in range(config.n if config.temperature > 0 else 1)
-    ]
 
 
 async def run(project: Project) -> dict[str, Any]:
     """Counts by finish_reason."""
-    wanted = requests(project)
+    wanted = project.sample_requests()
     finished: dict[str, int] = {}
     async for completion in project.teacher.complete(wanted, description="sample"):
         finished[completion.finish_reason] = finished.get(completion.finish_reason, 0) + 1

@@ -8,6 +8,8 @@ A part of the train prompts is kept aside (`sft.dev_fraction`); training stops w
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import shutil
 import sys
@@ -38,48 +40,58 @@ async def run(project: Project) -> dict[str, Any]:
     """The best checkpoint by dev NLL; done at once where it exists already."""
     config, run_dir = project.config, project.run_dir
     rows = training_rows(project)
-    if run_dir.done("sft", settings(project)):
+    settings = project.settings_of("sft")
+    if run_dir.done("sft", settings):
         say(f"sft: {run_dir.checkpoint('sft')} is there already")
         return {"checkpoint": str(run_dir.checkpoint("sft"))}
     student = Student(config.student, seed=config.seed)
     train, dev = split_dev(rows, config.sft.dev_fraction)
     train_rows, dev_rows = render(student, train), render(student, dev)
+    if not train_rows:
+        raise TrainingError(
+            f"none of {len(rows)} rows is left to train on: lower sft.dev_fraction, raise student.max_length"
+        )
     say(f"sft: {len(train_rows)} train and {len(dev_rows)} dev rows")
     work = run_dir.path / "trainer"
+    keep_if_same(work, settings)
     trainer = build_trainer(student, config, train_rows, dev_rows, work)
     with counting("sft", trainer_steps(trainer)) as progress:
         trainer.add_callback(_Progress(progress))
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.exists() else None)
-    history = metric_rows(trainer.state.log_history)
-    project.log("sft", history)
-    with run_dir.committing("sft", settings(project)) as folder:
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+    with run_dir.committing("sft", settings) as folder:
         student.save(folder)
         write_card(folder, project, "sft", f"SFT on {len(train_rows)} teacher answers", student.config.model)
+    project.log("sft", metric_rows(trainer.state.log_history))
     shutil.rmtree(work)
     say(f"sft: {trainer.state.global_step} steps, best dev NLL {trainer.state.best_metric}")
     return {"checkpoint": str(run_dir.checkpoint("sft")), "steps": trainer.state.global_step}
 
 
-def settings(project: Project) -> dict[str, Any]:
-    """What the checkpoint depends on, beside its rows."""
-    return project.settings("seed", "student", "sft", "sample")
-
-
 def training_rows(project: Project) -> list[tuple[Prompt, str]]:
-    """(prompt, answer) of the present teacher and private prompt, by completion_id.
+    """(prompt, answer) of the questions that `sample` asks under this config.
 
     Raises:
         TrainingError: there are none.
     """
-    by_id = {prompt.prompt_id: prompt for prompt in project.sampled_prompts}
-    teacher = project.teacher
-    rows = project.corpus.teacher_rows(teacher.config.model, teacher.context.context_hash, list(by_id))
+    rows = project.training_rows()
     if not rows:
         raise TrainingError(
-            f"no answers of {teacher.config.model} with this private prompt in {project.corpus.path}: "
+            f"no answers of {project.config.teacher.model} to these prompts in {project.corpus.path}: "
             "run `sample` first"
         )
-    return [(by_id[prompt_id], text.strip()) for prompt_id, _, text in rows]
+    return [(prompt, text) for prompt, _, text in rows]
+
+
+def keep_if_same(work: Path, settings: dict[str, Any]) -> None:
+    """Leave the trainer's checkpoints of a killed start in place, if it had these settings and they are whole."""
+    note, text = work / "settings.json", json.dumps(settings, sort_keys=True)
+    if not note.exists() or note.read_text("utf-8") != text:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        note.write_text(text, "utf-8")
+    for folder in work.glob("checkpoint-*"):
+        if not (folder / "trainer_state.json").exists():  # written last
+            shutil.rmtree(folder)
 
 
 def split_dev(rows: Sequence[tuple[Prompt, str]], fraction: float) -> tuple[list[Any], list[Any]]:
@@ -107,6 +119,7 @@ def trainer_config(config: Config, work: Path, *, has_dev: bool) -> TrlConfig:
     Raises:
         ConfigError: a key that trl.SFTConfig does not know, or a value that it refuses.
     """
+    check_values(config.sft.trainer)
     on_cpu = pick_device(config.student).type == "cpu"
     defaults: dict[str, Any] = {
         "output_dir": str(work),
@@ -132,6 +145,16 @@ def trainer_config(config: Config, work: Path, *, has_dev: bool) -> TrlConfig:
         return TrlConfig(**{**defaults, **config.sft.trainer})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"sft.trainer: {str(error).replace('SFTConfig.__init__() ', '')}") from error
+
+
+def check_values(block: dict[str, Any]) -> None:
+    """What TRL itself would only trip over in the middle of its work."""
+    if "output_dir" in block:
+        raise ConfigError("sft.trainer.output_dir: it is <run_dir>/trainer while it trains; set run_dir")
+    defaults = {field.name: field.default for field in dataclasses.fields(TrlConfig)}
+    for key, value in block.items():
+        if isinstance(defaults.get(key), int | float) and isinstance(value, str):
+            raise ConfigError(f"sft.trainer.{key}: should be a number, it is {value!r}")
 
 
 def build_trainer(

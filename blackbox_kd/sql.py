@@ -20,7 +20,7 @@ from rich.table import Table
 
 from blackbox_kd.corpus import query
 from blackbox_kd.errors import ConfigError
-from blackbox_kd.project import guarded
+from blackbox_kd.project import OneLineParser, guarded
 
 
 def add_corpus_flag(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +61,7 @@ def _cell(value: Any) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="blackbox-kd sql", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("query", help="DuckDB SQL")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from typing import Any
 
 from blackbox_kd.corpus import query
-from blackbox_kd.project import guarded
+from blackbox_kd.project import OneLineParser, guarded
 from blackbox_kd.sql import add_corpus_flag, corpus_of, show
 
 QUESTIONS = {
@@ -27,7 +26,7 @@ QUESTIONS = {
 
 def main(argv: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="blackbox-kd status", description=__doc__)
+    parser = OneLineParser(prog="blackbox-kd status", description=__doc__)
     add_corpus_flag(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")

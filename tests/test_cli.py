@@ -113,11 +113,35 @@ def test_a_second_process_on_the_same_run_is_refused(project_file: Path, capsys:
     assert "is in use by another run" in capsys.readouterr().err
 
 
-def test_debug_shows_the_traceback(project_file: Path) -> None:
-    from blackbox_kd.errors import ConfigError
+def test_debug_shows_the_traceback(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", "--config", str(project_file), "--debug", "--prompts.path", "nowhere"]) == 2
+    assert "Traceback" in capsys.readouterr().err
 
-    with pytest.raises(ConfigError):
-        main(["sample", "--config", str(project_file), "--debug", "--prompts.path", "nowhere"])
+
+@pytest.mark.parametrize("argv", [["sample"], ["run", "--config", "x", "--json=true"], ["sql", "--nope", "select 1"]])
+def test_what_argparse_finds_is_one_line_too(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--sft.trainer.num_train_epochs", "many"], "sft.trainer.num_train_epochs: should be a number"),
+        (["--sft.trainer.output_dir", "x"], "set run_dir"),
+        (["--student.max_length", "12"], "is left to train on"),
+        (["--student.device", "toaster"], "student.device"),
+    ],
+)
+def test_settings_that_cannot_train_are_one_line(
+    flags: list[str], said: str, project_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sample", "--config", str(project_file)]) == 0
+    capsys.readouterr()
+    assert main(["sft", "--config", str(project_file), *flags]) == 2
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_wrong_sql_is_one_line(

@@ -362,11 +362,18 @@ def test_teacher_rows_are_whole_answers_to_train_prompts(corpus: Corpus) -> None
         ("other model", "n", 0, 0, 1.0),
     ]  # fmt: skip
     assert corpus.rows("SELECT messages->>'$[0].content' FROM teacher_rows LIMIT 1") == [("Q",)]
-    train = prompt("Q").prompt_id
-    rows = corpus.teacher_rows("m", CONTEXT, [train])
-    assert {(prompt_id, text) for prompt_id, _, text in rows} == {(train, "good"), (train, "good too")}
-    assert [row[1] for row in rows] == sorted(row[1] for row in rows)
-    assert corpus.teacher_rows("m", CONTEXT, [prompt("another").prompt_id]) == []
+
+
+def test_what_can_be_learnt_are_the_whole_answers_to_just_these_requests(corpus: Corpus) -> None:
+    sampled(corpus)
+    every = corpus.rows(
+        "SELECT request_key::VARCHAR, prompt_id::VARCHAR, completion_id::VARCHAR, text FROM completions"
+    )
+    (key,) = {row[0] for row in every if row[3] == "good"}
+    found = corpus.whole_answers([key])
+    expected = [row[1:] for row in every if row[0] == key and row[3] in ("good", "good too")]
+    assert found == sorted(expected, key=lambda row: row[1])
+    assert corpus.whole_answers([]) == []
 
 
 def test_the_view_sft_follows_the_model_and_private_prompt_of_the_last_run(corpus: Corpus, tmp_path: Path) -> None:

@@ -229,3 +229,13 @@ def test_a_bad_example_is_reported_with_file_and_line(write_jsonl: Write) -> Non
     with pytest.raises(ConfigError) as caught:
         PrivateContext(None, str(path))
     assert str(caught.value).startswith(f"{path}:2: a message needs a `content`")
+
+
+def test_a_system_message_that_the_template_does_not_mention_still_holds(tmp_path: Path) -> None:
+    (tmp_path / "rules.j2").write_text("Be short.")
+    (tmp_path / "with.j2").write_text("{{ system }} Be short.")
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    (system, _) = PrivateContext(str(tmp_path / "rules.j2"), None).wrap(messages)
+    assert system["content"] == "Be short.\n\nBe kind."
+    (system, _) = PrivateContext(str(tmp_path / "with.j2"), None).wrap(messages)
+    assert system["content"] == "Be kind. Be short."

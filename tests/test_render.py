@@ -33,7 +33,6 @@ def test_supervision_is_the_answer_and_the_end_token(renderer: Renderer, tokeniz
     assert tokenizer.decode(learnt) == "one two<|im_end|>"
     whole = "<|im_start|>user\nSay 1<|im_end|>\n<|im_start|>assistant\none two<|im_end|>"
     assert tokenizer.decode(row.input_ids) == whole
-    assert row.supervised == len(learnt)
 
 
 def test_labels_are_the_inputs_where_they_count(renderer: Renderer) -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +134,7 @@ def test_sft_that_was_killed_goes_on_from_its_last_epoch(
     flags = overrides([*stretch, "--run_dir", str(folder / "killed")])
     with Project(load_config(Config, str(project_file), flags)) as project:
         student = Student(project.config.student, seed=project.config.seed)
+        sft.keep_if_same(project.run_dir.path / "trainer", project.settings_of("sft"))
         train, dev = sft.split_dev(sft.training_rows(project), project.config.sft.dev_fraction)
         work = project.run_dir.path / "trainer"
         trainer = sft.build_trainer(student, project.config, sft.render(student, train), sft.render(student, dev), work)
@@ -168,7 +173,62 @@ def test_an_edited_template_is_another_experiment(
     edited = rules if edit == "teacher" else project_file.parent / "rewrite.md.j2"
     edited.write_text(edited.read_text() + " Really.")
     assert main(["run", "--config", str(project_file), *private]) == 2
-    assert ("teacher.context_hash" if edit == "teacher" else "algorithm_files") in capsys.readouterr().err
+    assert ("questions" if edit == "teacher" else "algorithm_files") in capsys.readouterr().err
+    # refused before anything was asked or written
+    assert rows(project_file, "select count(*) from attempts") == [(26,)]
+
+
+def test_a_killed_sft_is_not_continued_under_other_settings(tmp_path: Path) -> None:
+    from blackbox_kd.sft import keep_if_same
+
+    work = tmp_path / "trainer"
+    keep_if_same(work, {"lr": 1})
+    for name, whole in (("checkpoint-1", True), ("checkpoint-2", False)):
+        (work / name).mkdir()
+        if whole:
+            (work / name / "trainer_state.json").touch()
+    keep_if_same(work, {"lr": 1})
+    assert sorted(p.name for p in work.glob("checkpoint-*")) == ["checkpoint-1"]
+    keep_if_same(work, {"lr": 2})
+    assert not list(work.glob("checkpoint-*"))
+
+
+def test_more_draws_in_a_shared_corpus_are_not_learnt_by_a_run_that_did_not_ask_for_them(project_file: Path) -> None:
+    from blackbox_kd.config import load_config
+    from blackbox_kd.project import Config, Project, overrides
+
+    assert main(["sample", "--config", str(project_file), "--teacher.seed", "99"]) == 0
+    assert main(["sample", "--config", str(project_file), "--sample.n", "3"]) == 0
+    assert main(["sample", "--config", str(project_file)]) == 0
+    for flags, expected in (([], 6), (["--sample.n", "3"], 18), (["--teacher.seed", "99"], 6)):
+        with Project(load_config(Config, str(project_file), overrides(flags))) as project:
+            assert len(project.training_rows()) == expected
+
+
+def test_an_edit_that_asks_the_same_is_answered_from_the_corpus_and_learnt(project_file: Path) -> None:
+    rules = project_file.parent / "rules.md.j2"
+    rules.write_text("Be short.")
+    private = ["--teacher.prompt.template", str(rules)]
+    assert main(["sample", "--config", str(project_file), *private]) == 0
+    rules.write_text("Be short.{# a comment #}")
+    for stage in ("sample", "sft"):
+        assert main([stage, "--config", str(project_file), *private]) == 0
+    assert rows(project_file, "select count(*) from attempts") == [(6,)]
+
+
+def test_an_endpoint_that_rejects_everything_is_code_3_and_can_be_asked_again(
+    project_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.fakes import FakeAPI, error_reply, served
+
+    with served(FakeAPI(lambda body, request: error_reply(400, "no such parameter"))) as api:
+        teacher = {"provider": "openai", "model": "m", "api_key_env": None, "base_url": api.url}
+        asked = ["sample", "--config", str(project_file), "--teacher"]
+        assert main([*asked, json.dumps(teacher)]) == 3
+        assert "all 6 requests were rejected" in capsys.readouterr().err
+        assert len(api.bodies) == 6
+        assert main([*asked, json.dumps(teacher | {"retry_dead_letters": True})]) == 3
+        assert len(api.bodies) == 12
 
 
 def test_the_trainer_block_reaches_trl_untouched(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,3 +318,20 @@ def test_the_corpus_can_be_read_while_a_stage_holds_nothing(project_file: Path) 
 
     with Project(load_config(Config, str(project_file))):
         assert rows(project_file, "select count(*) from prompts") == [(22,)]
+
+
+def test_ctrl_c_ends_training_at_once_and_leaves_the_run_resumable(project_file: Path) -> None:
+    assert main(["sample", "--config", str(project_file)]) == 0
+    command = [sys.executable, "-m", "blackbox_kd", "sft", "--config", str(project_file)]
+    command += ["--sft.trainer.num_train_epochs", "5000", "--sft.early_stopping_patience", "5000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((project_file.parent / "run" / "trainer").glob("checkpoint-*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "the same command goes on from here" in said
+    assert "Traceback" not in said

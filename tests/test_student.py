@@ -10,6 +10,7 @@ import torch
 from blackbox_kd.config import LoraSection, StudentConfig
 from blackbox_kd.errors import ModelError
 from blackbox_kd.student.load import pick_dtype
+from blackbox_kd.student.render import IGNORE
 from blackbox_kd.student.student import BASE_POLICY, Student
 from blackbox_kd.types import SamplingParams
 
@@ -33,7 +34,7 @@ def test_logprobs_are_those_of_the_model(student: Student) -> None:
     row = student.renderer.render([{"role": "user", "content": "Say 1"}], "one")
     with torch.no_grad():
         logits_TV = student.model(torch.tensor([row.input_ids])).logits[0].log_softmax(-1)
-    start = len(row.input_ids) - row.supervised
+    start = next(i for i, label in enumerate(row.labels) if label != IGNORE)
     expected = [logits_TV[t - 1, row.input_ids[t]].item() for t in range(start, len(row.input_ids))]
     assert student.logprobs([row], batch_size=4)[0] == pytest.approx(expected, abs=1e-5)
 
@@ -129,3 +130,19 @@ def test_dtype_on_a_cpu_is_float32_unless_named() -> None:
     cpu = torch.device("cpu")
     assert pick_dtype(StudentConfig(model="m"), cpu) == torch.float32
     assert pick_dtype(StudentConfig(model="m", dtype="bfloat16"), cpu) == torch.bfloat16
+
+
+def test_what_a_model_ships_for_generation_does_not_bend_its_samples(tiny_model: Path, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "bent"))
+    path = folder / "generation_config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"repetition_penalty": 5.0, "do_sample": True, "top_k": 1})
+    )
+    students = [Student(StudentConfig(model=str(f), device="cpu")) for f in (tiny_model, folder)]
+    prompts = [students[0].renderer.prompt([{"role": "user", "content": "Say 1 1 1 1"}])]
+    for sampling in (SAMPLING, SamplingParams(temperature=0.0, max_completion_length=8)):
+        plain, bent = (s.generate(prompts, sampling, batch_size=1, seed=3, description="t") for s in students)
+        assert plain == bent

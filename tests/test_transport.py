@@ -165,3 +165,22 @@ def test_an_address_without_a_scheme_is_refused_before_anything_is_sent() -> Non
     config = OpenAITeacherConfig(model="m", base_url="localhost:8000/v1", api_key_env=None)
     with pytest.raises(ConfigError, match="localhost:8000/v1"):
         config.check()
+
+
+def test_a_secret_that_the_endpoint_sends_back_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_API_KEY", "sk-gateway-1")
+    monkeypatch.setenv("SOME_API_KEY", "sk-own-1")
+
+    def echo(body: dict[str, Any], request: web.Request) -> dict[str, Any]:
+        return chat_reply(f"{request.headers['authorization']} {request.headers['x-gateway']}")
+
+    headers = {"x-gateway": "$GATEWAY_API_KEY"}
+    with served(FakeAPI(echo)) as api:
+        reply = send(api.url, api_key_env="SOME_API_KEY", extra_headers=headers)
+    assert reply["choices"][0]["message"]["content"] == "Bearer *** ***"
+
+
+def test_a_header_of_an_unset_variable_is_a_mistake() -> None:
+    config = OpenAITeacherConfig(model="m", api_key_env=None, extra_headers={"x-gateway": "$NOT_SET_API_KEY"})
+    with pytest.raises(ConfigError, match="environment variable NOT_SET_API_KEY is not set"):
+        config.check()

@@ -18,7 +18,7 @@ from blackbox_kd.algorithms.base import AlgorithmConfig, Outcome, ce_sample
 from blackbox_kd.judging import RewritePrompt, usable_text
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.teachers.teacher import Teacher
-from blackbox_kd.types import Completion, Feedback, Request, Rollout, SamplingParams, scorer
+from blackbox_kd.types import Feedback, Request, Rollout, SamplingParams, scorer
 
 
 class RelabelConfig(AlgorithmConfig):
@@ -60,9 +60,7 @@ class Relabel:
         """One target for each rollout that is asked about."""
         asked = list(rollouts) if self._config.mode == "rewrite" else least_sure(rollouts, self._config.worst_fraction)
         requests = [self._request(rollout, round_) for rollout in asked]
-        targets: dict[str, Completion] = {}
-        async for completion in self._teacher.complete(requests, round_=round_, description=self._config.mode):
-            targets.setdefault(completion.request_key, completion)
+        targets = await self._teacher.answers(requests, round_=round_, description=self._config.mode)
         feedback, samples = [], []
         for rollout, request in zip(asked, requests, strict=True):
             target = targets.get(request.request_key)

@@ -16,6 +16,10 @@ READ_WAIT_S = 10.0
 """How long a reader waits for a writer; a run holds the file for a fraction of a second at a time."""
 
 
+NEW_FILE_BYTES = 12288
+"""A DuckDB file has three headers of 4 kB; a smaller one is being made, or is none."""
+
+
 @contextmanager
 def connect(path: Path, *, read_only: bool, wait_s: float) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection, closed at the end of the block; what DuckDB says inside it is a CorpusError.
@@ -52,7 +56,7 @@ def _open(path: Path, *, read_only: bool, wait_s: float) -> duckdb.DuckDBPyConne
     if read_only and not path.exists():
         raise CorpusError(f"no corpus {str(path)!r}: run a stage first, or name one with --corpus")
     retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(_is_locked),
+        retry=tenacity.retry_if_exception(lambda error: _is_locked(error) or _is_being_made(path, error)),
         wait=tenacity.wait_random(0.02, 0.1),
         stop=tenacity.stop_after_delay(wait_s),
         reraise=True,
@@ -71,6 +75,11 @@ def _open(path: Path, *, read_only: bool, wait_s: float) -> duckdb.DuckDBPyConne
 def _is_locked(error: BaseException) -> bool:
     text = str(error)
     return "Could not set lock" in text or "different configuration" in text
+
+
+def _is_being_made(path: Path, error: BaseException) -> bool:
+    """Another process creates the file right now: it has its name, but not yet its header."""
+    return "not a valid DuckDB" in str(error) and path.stat().st_size < NEW_FILE_BYTES
 
 
 def _one_line(error: duckdb.Error) -> str:

@@ -100,7 +100,7 @@ CREATE TABLE IF NOT EXISTS vocab (
 );
 
 CREATE TABLE IF NOT EXISTS feedback (
-    feedback_id          UUID PRIMARY KEY,      -- hash of completion, kind, scorer and round
+    feedback_id          UUID PRIMARY KEY,      -- hash of completion, kind, scorer, target, round and run
     completion_id        UUID NOT NULL,         -- the student's text
     kind                 VARCHAR NOT NULL,      -- rewrite, afresh, grade, ...
     value                DOUBLE,                -- a score, NULL for a text

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import msgspec
 
 from blackbox_kd.corpus.connection import connect
 from blackbox_kd.corpus.ingest import Row, completion_row, ingest, insert, insert_logprobs, timestamp
@@ -140,25 +141,25 @@ class Corpus:
             insert_logprobs(con, [(c, scorer) for c in completions if c.logprobs])
             con.execute("COMMIT")
 
-    def teacher_rows(self, model: str, context_hash: str, prompt_ids: Sequence[str]) -> list[tuple[str, str, str]]:
-        """Training rows of one teacher and private prompt: (prompt_id, completion_id, text), by completion_id."""
+    def whole_answers(self, keys: Sequence[str]) -> list[tuple[str, str, str]]:
+        """Answers to these requests that can be learnt: (prompt_id, completion_id, text), by completion_id."""
         return self.rows(
-            """SELECT prompt_id::VARCHAR, completion_id::VARCHAR, text FROM teacher_rows
-               WHERE model = ? AND context_hash = ?::UUID AND prompt_id IN (SELECT unnest(?::UUID[]))
+            """SELECT prompt_id::VARCHAR, completion_id::VARCHAR, text FROM completions
+               WHERE request_key IN (SELECT unnest(?::UUID[]))
+                 AND finish_reason = 'stop' AND regexp_matches(text, '\\S')
                ORDER BY completion_id""",
-            [model, context_hash, list(prompt_ids)],
+            [list(keys)],
         )
 
     def add_feedback(self, feedback: Sequence[Feedback], *, round_: int, run_id: str) -> None:
         """What was said of student completions in a round."""
         now = timestamp(time.time())
-        rows = [
-            {"feedback_id": content_id([f.completion_id, f.kind, f.scorer, round_]), "completion_id": f.completion_id,
-             "kind": f.kind, "value": f.value, "target_completion_id": f.target_completion_id,
-             "detail": canonical_json(f.detail), "scorer": f.scorer, "round": round_, "run_id": run_id,
-             "created_at": now}
-            for f in feedback
-        ]  # fmt: skip
+        rows = []
+        for f in feedback:
+            identity = [f.completion_id, f.kind, f.scorer, f.target_completion_id, round_, run_id]
+            row = msgspec.structs.asdict(f) | {"detail": canonical_json(f.detail)}
+            row |= {"feedback_id": content_id(identity), "round": round_, "run_id": run_id, "created_at": now}
+            rows.append(row)
         with self.connect() as con:
             insert(con, "feedback", rows)
 

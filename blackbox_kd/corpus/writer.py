@@ -8,6 +8,7 @@ from types import TracebackType
 
 from blackbox_kd.corpus.journal import Record, Segment
 from blackbox_kd.corpus.store import Corpus
+from blackbox_kd.errors import CorpusBusy
 from blackbox_kd.progress import say
 
 BATCH_ROWS = 256
@@ -52,9 +53,14 @@ class Writer:
             self._segment.close(ingested=ingested)
         if self._error and error is None:
             raise self._error
-        if not ingested:
-            say(f"{len(self._waiting)} records wait in {self._segment.path}: the corpus is in use elsewhere; "
-                "the next command ingests them")  # fmt: skip
+        if not ingested:  # going on would train on fewer rows than were paid for
+            message = (
+                f"{self._corpus.path} is held open by another program; {len(self._waiting)} records wait in "
+                f"{self._segment.path}, the next stage ingests them"
+            )
+            if error is None:
+                raise CorpusBusy(message)
+            say(message)
 
     def _run(self) -> None:
         ended = False

@@ -26,6 +26,11 @@ def cache_dir() -> Path:
 def pick_device(config: StudentConfig) -> torch.device:
     """The device that the config names; auto: cuda, else mps, else cpu."""
     if config.device != "auto":
+        try:
+            torch.empty(0, device=config.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"student.device {config.device!r} cannot be used here: {reason:.120}") from error
         return torch.device(config.device)
     if torch.cuda.is_available():
         return torch.device("cuda")

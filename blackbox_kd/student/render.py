@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jinja2
 import msgspec
 
 from blackbox_kd.errors import AlignmentError
@@ -25,11 +26,6 @@ class Rendered(msgspec.Struct, frozen=True):
 
     input_ids: list[int]
     labels: list[int]
-
-    @property
-    def supervised(self) -> int:
-        """Tokens that are learnt or scored."""
-        return sum(label != IGNORE for label in self.labels)
 
 
 class Renderer:
@@ -65,9 +61,14 @@ class Renderer:
         return ids[0]
 
     def _text(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        )
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
+        except jinja2.TemplateError as error:  # a template may refuse roles, e.g. a system message
+            raise AlignmentError(f"the student's chat template refuses {messages!r:.120}: {error}") from error
 
     def prompt(self, messages: list[Message]) -> list[int]:
         """Token ids up to where the student starts to write."""

@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig
 
 from blackbox_kd.config import StudentConfig
 from blackbox_kd.errors import ModelError
@@ -39,6 +40,8 @@ class Student:
         self.config = config
         base, tokenizer = load_base(config)
         self.renderer = Renderer(tokenizer, end_ids(base, tokenizer))
+        # What a model ships (repetition penalty, top_k, ...) would make its samples draws from another policy.
+        base.generation_config = GenerationConfig()
         self.tokenizer = tokenizer
         try:
             self.model = _with_lora(base, config, adapter, seed)

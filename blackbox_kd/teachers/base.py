@@ -71,6 +71,8 @@ class TeacherConfig(Section):
     timeout_s: float = Field(600.0, gt=0)
     max_retries: int = Field(5, ge=0)
     """Times that a request is asked again after a transient failure; a 429 does not count."""
+    retry_dead_letters: bool = False
+    """Ask again what the endpoint rejected in an earlier run."""
     token_limit_param: str = "max_tokens"
     """`max_completion_tokens` for OpenAI's newer models."""
     reasoning_effort: str | None = None

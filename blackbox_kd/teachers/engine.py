@@ -59,6 +59,11 @@ class Engine:
             await work.drain()
         await self._stack.aclose()
 
+    @property
+    def busy(self) -> bool:
+        """Whether answers are in flight."""
+        return bool(self._open)
+
     async def complete(
         self, requests: Sequence[Request], *, round_: int = 0, description: str = "asking the teacher"
     ) -> AsyncIterator[Completion]:
@@ -74,14 +79,15 @@ class Engine:
         requests = list({request.request_key: request for request in requests}.values())
         self._corpus.add_requests(requests)
         keys = [request.request_key for request in requests]
-        known, dead = self._corpus.answers(keys), self._corpus.dead(keys)
+        known = self._corpus.answers(keys)
+        dead = {} if self._config.retry_dead_letters else self._corpus.dead(keys)
         for request in requests:
             for completion in known.get(request.request_key, ()):
                 yield completion
         todo = [r for r in requests if r.request_key not in known and r.request_key not in dead]
         self.cached += len(known)
         say(f"{description}: {len(requests)} questions, {len(known)} answered before, {len(todo)} to ask"
-            + (f", {len(dead)} in dead_letters" if dead else ""))  # fmt: skip
+            + (f", {len(dead)} in dead_letters (see teacher.retry_dead_letters)" if dead else ""))  # fmt: skip
         if not todo:
             return
         if self._transport is None:
@@ -108,6 +114,8 @@ class Engine:
                 self._open.remove(work)
         if work.error:
             raise work.error
+        if work.rejected == len(todo):
+            raise TeacherRefused(f"all {len(todo)} requests were rejected, the last with: {work.last_failure}")
         if work.failed == len(todo):
             raise TeacherUnreachable(f"none of {len(todo)} requests got through: {work.last_failure}")
         if work.failed:
@@ -118,7 +126,7 @@ class Engine:
             try:
                 completions = await self._ask(request, work, writer, round_)
             except RequestRejected as error:
-                say(f"dead letter: {error}")
+                work.reject(error)
                 completions = []
             except (TransientError, RateLimited) as error:
                 work.fail(error)

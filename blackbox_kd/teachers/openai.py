@@ -27,9 +27,22 @@ class OpenAITeacherConfig(TeacherConfig):
         """Where requests go."""
         return self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
 
+    def headers(self) -> dict[str, str]:
+        """extra_headers with the environment's values in them.
+
+        Raises:
+            ConfigError: a variable that is not set.
+        """
+        found = {name: os.path.expandvars(value) for name, value in self.extra_headers.items()}
+        for name, value in found.items():
+            if value.startswith("$"):
+                raise ConfigError(f"teacher.extra_headers.{name}: environment variable {value[1:]} is not set")
+        return found
+
     def check(self) -> None:
         """The key is there and the address is one."""
         api_key(self.api_key_env)
+        self.headers()
         if not self.url.startswith(("http://", "https://")):
             raise ConfigError(f"teacher.base_url must start with http:// or https://, it is {self.url!r}")
 
@@ -38,7 +51,7 @@ class OpenAITeacherConfig(TeacherConfig):
         return open_fast(
             self.url,
             api_key(self.api_key_env),
-            {name: os.path.expandvars(value) for name, value in self.extra_headers.items()},
+            self.headers(),
             concurrency=self.concurrency,
             timeout_s=self.timeout_s,
         )

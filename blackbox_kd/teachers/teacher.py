@@ -9,7 +9,7 @@ from blackbox_kd.prompts import PrivateContext
 from blackbox_kd.teachers.base import TeacherConfig
 from blackbox_kd.teachers.engine import Engine
 from blackbox_kd.teachers.wire import chat_body
-from blackbox_kd.types import Completion, Message, Prompt, Purpose, Request, SamplingParams, scorer
+from blackbox_kd.types import Completion, Message, Prompt, Purpose, Request, SamplingParams
 
 
 class Teacher:
@@ -18,7 +18,7 @@ class Teacher:
     def __init__(self, config: TeacherConfig, corpus: Corpus, run_id: str, *, draws: int = 1) -> None:
         """`draws`: answers to a prompt that `sample` takes; on-policy draws of the same question go on from there."""
         config.check()
-        self.config, self.draws = config, draws
+        self.config, self.corpus, self.draws = config, corpus, draws
         self.context = PrivateContext(config.prompt.template, config.prompt.examples)
         self.engine = Engine(config, corpus, run_id)
 
@@ -27,11 +27,6 @@ class Teacher:
 
     async def __aexit__(self, *exc: object) -> None:
         await self.engine.__aexit__(*exc)
-
-    @property
-    def scorer(self) -> str:
-        """Name under which its logprobs and feedback are stored."""
-        return scorer(self.config.model, self.context.context_hash)
 
     def request(
         self,
@@ -65,3 +60,15 @@ class Teacher:
     ) -> AsyncIterator[Completion]:
         """See `Engine.complete`."""
         return self.engine.complete(requests, round_=round_, description=description)
+
+    async def answers(
+        self, requests: Sequence[Request], *, round_: int = 0, description: str = "asking the teacher"
+    ) -> dict[str, Completion]:
+        """request_key -> its first choice, for those that were answered.
+
+        Read back from the corpus: where another run asked the same at the same time, the first answer there counts.
+        """
+        async for _ in self.complete(requests, round_=round_, description=description):
+            pass
+        found = self.corpus.answers([request.request_key for request in requests])
+        return {key: choices[0] for key, choices in found.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -18,8 +18,9 @@ from blackbox_kd.teachers.wire import error_of
 class FastTransport:
     """POST {base_url}/chat/completions."""
 
-    def __init__(self, session: aiohttp.ClientSession, base_url: str, key: str | None = None) -> None:
-        self._session, self._key = session, key
+    def __init__(self, session: aiohttp.ClientSession, base_url: str, secrets: Iterable[str] = ()) -> None:
+        """`secrets` are masked in whatever the endpoint sends: some say which key they did not like."""
+        self._session, self._secrets = session, [secret.encode() for secret in secrets if secret]
         self._url = f"{base_url.rstrip('/')}/chat/completions"
 
     async def send(self, body: dict[str, Any]) -> Reply:
@@ -27,10 +28,10 @@ class FastTransport:
         try:
             async with self._session.post(self._url, data=msgspec.json.encode(body)) as response:
                 data = await response.read()
+                for secret in self._secrets:
+                    data = data.replace(secret, b"***")
                 request_id = response.headers.get("x-request-id")
                 if response.status != 200:
-                    if self._key:  # some endpoints say which key they did not like
-                        data = data.replace(self._key.encode(), b"***")
                     error = error_of(response.status, data, {k.lower(): v for k, v in response.headers.items()})
                     error.server_request_id = request_id
                     raise error
@@ -61,7 +62,7 @@ async def open_fast(
         timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=30),
         trust_env=trust_env,
     ) as session:
-        yield FastTransport(session, base_url, key)
+        yield FastTransport(session, base_url, [key or "", *headers.values()])
 
 
 async def check_reachable(base_url: str, key: str | None, headers: Mapping[str, str], *, trust_env: bool) -> None:

@@ -8,10 +8,12 @@ from contextlib import suppress
 from typing import Any
 
 from blackbox_kd.errors import TeacherError, TeacherUnreachable
+from blackbox_kd.progress import say
 from blackbox_kd.types import Completion, Request
 
 DRAIN_S = 30.0
 """How long answers in flight are waited for after an interruption."""
+REJECTIONS_SHOWN = 3
 FAILURES_TO_STOP = 8
 """Requests that fail one after the other, all retries spent, before the endpoint counts as gone."""
 
@@ -30,6 +32,7 @@ class Work:
         self._ended = asyncio.Event()
         self.error: BaseException | None = None
         self.failed = 0
+        self.rejected = 0
         self.in_a_row = 0
         self.last_failure = ""
 
@@ -64,6 +67,13 @@ class Work:
                 worker.cancel()
             if late:  # they still note that they were interrupted
                 await asyncio.wait(late)
+
+    def reject(self, error: TeacherError) -> None:
+        """One request will never succeed; the first few are shown."""
+        self.rejected += 1
+        self.last_failure = str(error)
+        if self.rejected <= REJECTIONS_SHOWN:
+            say(f"dead letter: {error}")
 
     def fail(self, error: TeacherError) -> None:
         """One request has failed, all its retries spent; it stays pending."""
