@@ -146,7 +146,7 @@ class Corpus:
         return self.rows(
             """SELECT prompt_id::VARCHAR, completion_id::VARCHAR, text FROM completions
                WHERE request_key IN (SELECT unnest(?::UUID[]))
-                 AND finish_reason = 'stop' AND regexp_matches(text, '\\S')
+                 AND author = 'teacher' AND finish_reason = 'stop' AND regexp_matches(text, '\\S')
                ORDER BY completion_id""",
             [list(keys)],
         )
