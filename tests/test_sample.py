@@ -16,7 +16,6 @@ import yaml
 
 from blackbox_kd import sample
 from blackbox_kd.corpus import Corpus
-from blackbox_kd.errors import TeacherUnreachable
 from blackbox_kd.project import stage_main
 from tests.fakes import FakeAPI, chat_reply, error_reply, served, unused_port
 
@@ -245,9 +244,10 @@ def test_nobody_at_the_address_is_exit_3_with_one_line(tmp_path: Path, capsys: p
     assert url in line
 
 
-def test_debug_shows_the_traceback_of_the_same_error(tmp_path: Path) -> None:
-    with pytest.raises(TeacherUnreachable):
-        sample.main(["--config", write_config(tmp_path, f"http://127.0.0.1:{unused_port()}/v1"), "--debug"])
+def test_debug_shows_the_traceback_of_the_same_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path, f"http://127.0.0.1:{unused_port()}/v1")
+    assert sample.main(["--config", config, "--debug"]) == 3
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_dead_letter_does_not_fail_the_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

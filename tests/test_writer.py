@@ -16,7 +16,7 @@ import pytest
 from blackbox_kd.corpus import Corpus, query
 from blackbox_kd.corpus.journal import Answered, leftovers
 from blackbox_kd.corpus.writer import BATCH_ROWS, Writer
-from blackbox_kd.errors import CorpusError
+from blackbox_kd.errors import CorpusBusy, CorpusError
 from tests.records import answered, completion, held_open, let_go, request, sent
 
 COUNT = "SELECT count(*) FROM completions"
@@ -85,12 +85,10 @@ def test_while_somebody_holds_the_file_the_journal_waits_and_then_all_is_stored(
         assert eventually(lambda: query(corpus.path, COUNT)[1] == [(3,)])
 
 
-def test_a_file_that_is_held_for_the_writers_whole_life_loses_nothing(
-    corpus: Corpus, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_that_is_held_for_the_writers_whole_life_stops_the_stage_and_loses_nothing(corpus: Corpus) -> None:
     patient = Corpus(corpus.path, lock_wait_s=0.3)
     with held_open(corpus.path):
-        with Writer(patient) as writer:
+        with pytest.raises(CorpusBusy, match="4 records wait in"), Writer(patient) as writer:
             for i in range(4):
                 writer.submit(answer(i))
         [(path, records)] = leftovers(corpus.journal)
@@ -104,7 +102,7 @@ def test_more_records_than_a_batch_do_not_spin_or_hang_on_a_held_file(corpus: Co
     patient = Corpus(corpus.path, lock_wait_s=0.3)
     with held_open(corpus.path):
         start, cpu = time.monotonic(), time.process_time()
-        with Writer(patient) as writer:
+        with pytest.raises(CorpusBusy), Writer(patient) as writer:  # noqa: PT012
             for i in range(BATCH_ROWS + 10):
                 writer.submit(answer(i))
             time.sleep(1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ READ_WAIT_S = 10.0
 
 NEW_FILE_BYTES = 12288
 """A DuckDB file has three headers of 4 kB; a smaller one is being made, or is none."""
+NEW_FILE_S = 1.0
+"""How long making one takes at most."""
 
 
 @contextmanager
@@ -79,7 +82,10 @@ def _is_locked(error: BaseException) -> bool:
 
 def _is_being_made(path: Path, error: BaseException) -> bool:
     """Another process creates the file right now: it has its name, but not yet its header."""
-    return "not a valid DuckDB" in str(error) and path.stat().st_size < NEW_FILE_BYTES
+    if "not a valid DuckDB" not in str(error):
+        return False
+    found = path.stat()
+    return found.st_size < NEW_FILE_BYTES and time.time() - found.st_mtime < NEW_FILE_S
 
 
 def _one_line(error: duckdb.Error) -> str:
