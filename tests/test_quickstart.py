@@ -102,6 +102,7 @@ def test_the_main_job_survives_a_kill_and_then_asks_nothing_twice(tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
 def test_the_adapter_loads_as_its_card_says(tmp_path: Path) -> None:
     import torch
 

@@ -88,7 +88,7 @@ def test_while_somebody_holds_the_file_the_journal_waits_and_then_all_is_stored(
 def test_a_file_that_is_held_for_the_writers_whole_life_stops_the_stage_and_loses_nothing(corpus: Corpus) -> None:
     patient = Corpus(corpus.path, lock_wait_s=0.3)
     with held_open(corpus.path):
-        with pytest.raises(CorpusBusy, match="4 records wait in"), Writer(patient) as writer:
+        with pytest.raises(CorpusBusy, match="4 records wait in"), Writer(patient) as writer:  # noqa: PT012
             for i in range(4):
                 writer.submit(answer(i))
         [(path, records)] = leftovers(corpus.journal)
