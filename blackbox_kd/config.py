@@ -120,7 +120,7 @@ class EvaluateConfig(Section):
     """Tokens, for the teacher's fixed answers and the student's greedy ones."""
     top_logprobs: int | None = Field(20, ge=0)
     """Alternatives kept with the teacher's fixed temperature-1 answers."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(32, ge=1)
     bootstrap_samples: int = Field(2000, ge=100)
 
 

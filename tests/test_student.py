@@ -11,7 +11,7 @@ from blackbox_kd.config import LoraSection, StudentConfig
 from blackbox_kd.errors import ModelError
 from blackbox_kd.student.load import pick_dtype
 from blackbox_kd.student.render import IGNORE
-from blackbox_kd.student.student import BASE_POLICY, Student
+from blackbox_kd.student.student import BASE_POLICY, Student, first_kept, logits_from
 from blackbox_kd.types import SamplingParams
 
 SAMPLING = SamplingParams(max_completion_length=8)
@@ -46,6 +46,26 @@ def test_padding_does_not_change_logprobs(student: Student) -> None:
     together = student.logprobs([short, long], batch_size=2)
     for one, other in zip(alone, together, strict=True):
         assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_the_head_runs_on_the_kept_columns_only_and_gives_the_same_logits(student: Student) -> None:
+    rows = [student.renderer.render([{"role": "user", "content": text}], "yes") for text in ("Say 1", "Say 1 2 3")]
+    input_ids, mask = student.pad([row.input_ids for row in rows], "right")
+    kept = torch.zeros_like(mask, dtype=torch.bool)
+    for row, answer in zip(kept, rows, strict=True):
+        row[: len(answer.labels)] = torch.tensor(answer.labels) != IGNORE
+    first = first_kept(kept)
+    assert first == len(student.renderer.prompt([{"role": "user", "content": "Say 1"}]))
+    with torch.no_grad():
+        whole = student.model(input_ids=input_ids, attention_mask=mask).logits[:, first - 1 : -1]
+        ours = logits_from(student.model, input_ids, mask, first)
+    assert ours.shape == whole.shape
+    assert torch.allclose(ours, whole, atol=1e-5)
+
+
+def test_columns_that_nothing_predicts_do_not_count() -> None:
+    assert first_kept(torch.tensor([[True, False, True], [False, False, False]])) == 2
+    assert first_kept(torch.zeros(2, 3, dtype=torch.bool)) == 3
 
 
 def test_padding_does_not_change_greedy_answers(student: Student) -> None:

@@ -108,8 +108,9 @@ class Student:
             batch = rows[start : start + batch_size]
             input_ids, mask = self.pad([row.input_ids for row in batch], "right")
             labels = pad_sequence([torch.tensor(row.labels) for row in batch], batch_first=True, padding_value=IGNORE)
-            logits_BTV = self.model(input_ids=input_ids, attention_mask=mask).logits[:, :-1]
-            targets_BT = labels[:, 1:].to(self.device)
+            first = first_kept(labels != IGNORE)
+            logits_BTV = logits_from(self.model, input_ids, mask, first)
+            targets_BT = labels[:, first:].to(self.device)
             for logits_TV, targets_T in zip(logits_BTV, targets_BT, strict=True):
                 kept = targets_T != IGNORE
                 logprobs_SV = logits_TV[kept].float().log_softmax(-1)
@@ -137,6 +138,22 @@ def _with_lora(base: Any, config: StudentConfig, adapter: Path | None, seed: int
             return peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
         torch.manual_seed(seed)
         return peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump()))
+
+
+def first_kept(kept_BT: torch.Tensor) -> int:
+    """The earliest column that any row keeps. Column 0 never counts: nothing predicts the first token."""
+    columns = kept_BT[:, 1:].any(0).nonzero()
+    return 1 + int(columns[0]) if len(columns) else kept_BT.shape[1]
+
+
+def logits_from(model: Any, input_ids: torch.Tensor, mask: torch.Tensor, first: int) -> torch.Tensor:
+    """(B, T - first, V): row t predicts token `first + t`, T tokens in all.
+
+    The head does not run on the prompt: there its logits are the largest tensor of a step, and are thrown away.
+    """
+    kept = input_ids.shape[1] - first + 1
+    logits: torch.Tensor = model(input_ids=input_ids, attention_mask=mask, logits_to_keep=kept).logits
+    return logits[:, -kept:-1]  # a model that takes no `logits_to_keep` returns them all
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from blackbox_kd.config import UpdateConfig
 from blackbox_kd.errors import AlignmentError, TrainingError
 from blackbox_kd.losses import COMPONENTS
 from blackbox_kd.progress import counting
-from blackbox_kd.student.student import Student, seeded
+from blackbox_kd.student.student import Student, first_kept, logits_from, seeded
 from blackbox_kd.types import TrainSample
 
 
@@ -95,16 +95,21 @@ class Updater:
     def _loss(self, samples: list[TrainSample], normalizers: dict[str, int]) -> tuple[torch.Tensor, dict[str, float]]:
         device = self.student.device
         input_ids, mask = self.student.pad([s.input_ids for s in samples], "right")
-        logits_BTV = self.model(input_ids=input_ids, attention_mask=mask).logits[:, :-1]
+        weights = {name: _pad([s.weights.get(name, [0.0] * len(s.input_ids)) for s in samples]) for name in normalizers}
+        first = first_kept(torch.stack([w != 0 for w in weights.values()]).any(0))
+        logits_BTV = logits_from(self.model, input_ids, mask, first)
         total = logits_BTV.new_zeros((), dtype=torch.float32)
         metrics: dict[str, float] = {}
         for name, normalizer in normalizers.items():
-            streams = [torch.tensor(s.weights.get(name, [0.0] * len(s.input_ids))) for s in samples]
-            weights_BT = pad_sequence(streams, batch_first=True).to(device)[:, 1:]
-            out = COMPONENTS[name](logits_BTV, input_ids[:, 1:], weights_BT, normalizer=normalizer)
+            weights_BT = weights[name][:, first:].to(device)
+            out = COMPONENTS[name](logits_BTV, input_ids[:, first:], weights_BT, normalizer=normalizer)
             total = total + out.loss
             metrics |= {f"{name}_{key}": value for key, value in out.metrics.items()}
         return total, metrics | {"loss": float(total.detach())}
+
+
+def _pad(streams: Sequence[Sequence[float]]) -> torch.Tensor:
+    return pad_sequence([torch.tensor(stream) for stream in streams], batch_first=True)
 
 
 def check(samples: Sequence[TrainSample]) -> None:
