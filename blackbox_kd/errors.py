@@ -7,6 +7,7 @@
     ├── ModelError                  2   a student model cannot be loaded or does not fit
     ├── AlignmentError              2   rows, tokens or scores that must match up do not
     ├── TrainingError               2   an update that would be a no-op or has diverged
+    ├── BudgetExhausted             4   the next call could pass the cap; the same command with a higher one goes on
     └── TeacherError                3   the endpoint failed
         ├── TeacherRefused          3   for good: key, quota, permission
         ├── TeacherUnreachable      3   nobody answers at this address
@@ -19,6 +20,8 @@ A bad row is data (`dead_letters`), not an exception that leaves the engine.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 class BlackboxKDError(Exception):
@@ -51,6 +54,12 @@ class TrainingError(BlackboxKDError):
     """An update that would change nothing, or whose loss is not a number."""
 
 
+class BudgetExhausted(BlackboxKDError):
+    """The next call could pass the cap; what was received is kept."""
+
+    exit_code = 4
+
+
 class TeacherError(BlackboxKDError):
     """The endpoint failed; `status` is the HTTP status, None where there was no answer."""
 
@@ -62,6 +71,10 @@ class TeacherError(BlackboxKDError):
         self.retry_after_s = retry_after_s
         self.server_request_id: str | None = None
         """What the provider's support asks for."""
+        self.detail = ""
+        """More of a reply that cannot be read."""
+        self.headers: Mapping[str, str] = {}
+        """Of the reply, in lower case: some say how much is left."""
 
 
 class TeacherRefused(TeacherError):

@@ -20,9 +20,9 @@ def say(message: str) -> None:
 
 
 class Counter:
-    """Counts what is done of a known total."""
+    """Counts what is done."""
 
-    def __init__(self, description: str, total: int, bar: Progress | None) -> None:
+    def __init__(self, description: str, total: int | None, bar: Progress | None) -> None:
         self.description, self.total, self.done = description, total, 0
         self._bar = bar
         self._task = bar.add_task(description, total=total) if bar else None
@@ -33,14 +33,21 @@ class Counter:
         self.done += steps
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, advance=steps, description=f"{self.description} {note}".rstrip())
-        elif time.monotonic() - self._last > PLAIN_INTERVAL_S and self.done < self.total:
+        elif time.monotonic() - self._last > PLAIN_INTERVAL_S and self.done != self.total:
             self._last = time.monotonic()
-            say(f"  {self.description}: {self.done} of {self.total} {note}".rstrip())
+            say(f"  {self.description}: {self.done} of {self.total or '?'} {note}".rstrip())
+
+    def at(self, done: int, note: str = "") -> None:
+        """So many are done by now."""
+        self.advance(done - self.done, note)
 
 
 @contextmanager
-def counting(description: str, total: int) -> Iterator[Counter]:
-    """A progress bar on a terminal, a line every 15 seconds elsewhere; nothing for an empty job."""
+def counting(description: str, total: int | None) -> Iterator[Counter]:
+    """A progress bar on a terminal, a line every 15 seconds elsewhere; nothing for an empty job.
+
+    `total` is None where nobody has counted.
+    """
     if not console.is_terminal or total == 0:
         yield Counter(description, total, None)
         return

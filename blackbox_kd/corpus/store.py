@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import duckdb
 import msgspec
@@ -124,13 +125,15 @@ class Corpus:
             found.setdefault(completion.request_key, []).append(completion)
         return found
 
-    def dead(self, keys: Sequence[str]) -> dict[str, str]:
-        """Given up already: request_key -> what the endpoint said."""
-        rows = self.rows(
-            "SELECT request_key::VARCHAR, error FROM dead_letters WHERE request_key IN (SELECT unnest(?::UUID[]))",
-            [list(keys)],
-        )
-        return dict(rows)
+    def settled(self, keys: Sequence[str]) -> tuple[set[str], set[str]]:
+        """Of these requests: those that are answered, and those that were given up."""
+        with self.connect() as con:
+            con.execute("CREATE OR REPLACE TEMP TABLE asked AS SELECT unnest(?::UUID[]) AS request_key", [list(keys)])
+            answered, dead = (
+                con.execute(f"SELECT request_key::VARCHAR FROM asked SEMI JOIN {table} USING (request_key)").fetchall()
+                for table in ("completions", "dead_letters")
+            )
+        return {key for (key,) in answered}, {key for (key,) in dead}
 
     def add_completions(self, completions: Sequence[Completion], *, scorer: str, run_id: str) -> None:
         """Answers that came from no endpoint: the student's own samples, with their token logprobs."""
@@ -180,6 +183,37 @@ class Corpus:
         )[0]
         return {"calls": calls, "prompt_tokens": prompt, "completion_tokens": completion,
                 "cost_usd": None if unpriced else cost, "unknown_calls": unknown}  # fmt: skip
+
+    def billed(self, run_id: str) -> Billed:
+        """What counts against the caps of a run."""
+        (row,) = self.rows(
+            """SELECT coalesce(sum(cost_usd), 0)::DOUBLE, coalesce(sum(prompt_tokens + completion_tokens), 0)::BIGINT,
+                      count(*), coalesce(sum(prompt_tokens) FILTER (cost_usd IS NULL), 0)::BIGINT,
+                      coalesce(sum(cached_tokens) FILTER (cost_usd IS NULL), 0)::BIGINT,
+                      coalesce(sum(completion_tokens) FILTER (cost_usd IS NULL), 0)::BIGINT
+               FROM attempts WHERE run_id = ?::UUID AND billed AND prompt_tokens + completion_tokens > 0""",
+            [run_id],
+        )
+        uncertain = self.rows(
+            """SELECT r.body FROM attempts a JOIN requests r USING (request_key) WHERE a.run_id = ?::UUID
+               AND (a.billed IS NULL OR (a.billed AND a.prompt_tokens + a.completion_tokens = 0))""",
+            [run_id],
+        )
+        unpriced = Usage(prompt_tokens=row[3], cached_tokens=row[4], completion_tokens=row[5])
+        return Billed(row[0], row[1], row[2], unpriced, [json.loads(body) for (body,) in uncertain])
+
+
+class Billed(NamedTuple):
+    """What a run was billed in all its starts."""
+
+    cost_usd: float
+    """Of the calls whose price was known."""
+    tokens: int
+    calls: int
+    unpriced: Usage
+    """Of the calls whose price was not known."""
+    uncertain: list[dict[str, Any]]
+    """Bodies of calls of which nobody knows what they cost: in flight at a kill, or answered without usage."""
 
 
 def _migrate(con: duckdb.DuckDBPyConnection, path: Path) -> None:

@@ -6,7 +6,7 @@ import queue
 import threading
 from types import TracebackType
 
-from blackbox_kd.corpus.journal import Record, Segment
+from blackbox_kd.corpus.journal import Answered, Record, Segment
 from blackbox_kd.corpus.store import Corpus
 from blackbox_kd.errors import CorpusBusy
 from blackbox_kd.progress import say
@@ -23,6 +23,7 @@ class Writer:
         self._segment = Segment(corpus.journal)
         self._queue: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
         self._waiting: list[Record] = []
+        self._unstored: set[str] = set()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="corpus-writer", daemon=True)
 
@@ -39,7 +40,13 @@ class Writer:
         self._segment.append(record)
         if self._error:
             raise self._error
+        if isinstance(record, Answered):
+            self._unstored.add(record.attempt.request_key)
         self._queue.put(record)
+
+    def unstored(self) -> set[str]:
+        """request_keys with an outcome that is in the journal, and not yet in DuckDB."""
+        return set(self._unstored)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._queue.put(None)
@@ -70,6 +77,7 @@ class Writer:
                 continue
             try:
                 if self._corpus.try_ingest(self._waiting):
+                    self._unstored -= {r.attempt.request_key for r in self._waiting if isinstance(r, Answered)}
                     self._waiting = []
             except BaseException as error:
                 self._error = error

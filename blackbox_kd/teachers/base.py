@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -20,13 +21,15 @@ class Reply(NamedTuple):
     """Its body."""
     server_request_id: str | None = None
     """Its `x-request-id`."""
+    headers: Mapping[str, str] = {}
+    """In lower case."""
 
 
 class Transport(Protocol):
     """Sends one body, once. Retrying, pacing and storing are the engine's."""
 
-    async def send(self, body: dict[str, Any]) -> Reply:
-        """The reply, where it is a 200.
+    async def send(self, body: dict[str, Any], path: str = "chat/completions") -> Reply:
+        """The reply, where it is a 200. `path` is below the base URL.
 
         Raises:
             TeacherError: by status, see `teachers.wire.error_of`.
@@ -67,10 +70,15 @@ class TeacherConfig(Section):
     seed: int | None = 0
     """seed + sample_idx is sent with each request; null sends none."""
     concurrency: int = Field(8, ge=1)
-    """Requests in flight at once."""
+    """Most requests in flight at once; the limiter starts with a few and finds out how many are worth it."""
     timeout_s: float = Field(600.0, gt=0)
+    """Seconds for one answer."""
+    give_up_s: float = Field(300.0, gt=0)
+    """Seconds of nothing but failures after which a run stops; also the longest pause that a 429 may ask for."""
     max_retries: int = Field(5, ge=0)
     """Times that a request is asked again after a transient failure; a 429 does not count."""
+    require_logprobs: bool = False
+    """Stop where logprobs are asked for and do not come."""
     retry_dead_letters: bool = False
     """Ask again what the endpoint rejected in an earlier run."""
     token_limit_param: str = "max_tokens"

@@ -1,55 +1,56 @@
 """The one way to ask an endpoint anything: what is known is not asked again, what comes back is kept first.
 
-requests -> known already? -> bounded workers -> (gate, retries) -> journal -> DuckDB, and to the caller
+requests -> known already? -> short queue -> workers -> caller (budget, limiter, retries) -> journal -> DuckDB
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sized
 from contextlib import AsyncExitStack, aclosing
-
-import tenacity
+from itertools import islice
 
 from blackbox_kd.corpus import Corpus
-from blackbox_kd.corpus.journal import Answered, Sent
 from blackbox_kd.corpus.writer import Writer
-from blackbox_kd.errors import (
-    RateLimited,
-    RequestRejected,
-    TeacherError,
-    TeacherRefused,
-    TeacherUnreachable,
-    TransientError,
-)
-from blackbox_kd.progress import counting, say
-from blackbox_kd.teachers.base import TeacherConfig, Transport
-from blackbox_kd.teachers.wire import decode_reply
-from blackbox_kd.teachers.work import Stopped, Work
-from blackbox_kd.types import Attempt, Author, Completion, Request, Usage, scorer
+from blackbox_kd.errors import TeacherRefused
+from blackbox_kd.progress import Counter, counting, say
+from blackbox_kd.teachers.base import Reply, TeacherConfig
+from blackbox_kd.teachers.budget import Budget, BudgetConfig
+from blackbox_kd.teachers.caller import Caller
+from blackbox_kd.teachers.wire import decode_reply, usage_of
+from blackbox_kd.teachers.work import Work
+from blackbox_kd.types import Author, Completion, Request, Usage
 
-MAX_RATE_LIMIT_WAIT_S = 900.0
-"""A request that meets nothing but 429 for so long fails."""
-SAY_WAIT_S = 5.0
-"""A pause at the gate that a person should know of."""
+CHUNK = 2048
+"""Questions that are looked up in the corpus at once; no more of them are held in memory."""
+PULSE_S = 0.5
+"""Between two looks of a person at the live line."""
+MISSING_TO_STOP = 3
+"""Answers in a row without the logprobs that `teacher.require_logprobs` insists on."""
 
 
 class Engine:
     """Use as an async context manager; the transport opens with the first question that is not known already."""
 
-    def __init__(self, config: TeacherConfig, corpus: Corpus, run_id: str, author: Author = "teacher") -> None:
+    def __init__(
+        self,
+        config: TeacherConfig,
+        corpus: Corpus,
+        run_id: str,
+        author: Author = "teacher",
+        caps: BudgetConfig | None = None,
+    ) -> None:
+        """Raises:
+        ConfigError: a cap that cannot be kept, see `Budget`.
+        """
         self._config, self._corpus, self._run_id, self._author = config, corpus, run_id, author
+        self.budget = Budget(caps or BudgetConfig(), config.price)
+        self.caller = Caller(config, run_id, self.budget)
         self._stack = AsyncExitStack()
-        self._transport: Transport | None = None
+        self._connecting = asyncio.Lock()
         self._open: list[Work] = []
-        self._gate = 0.0  # monotonic time before which nothing is sent
-        self._gate_closed = 0.0  # when it was closed last
-        self._limited = 0  # times in a row that it was
-        self.asked = 0
-        self.cached = 0
-        self.missing_logprobs = 0
+        self.asked = self.cached = self.missing_logprobs = 0
+        self._missing_in_a_row = 0
 
     async def __aenter__(self) -> Engine:
         return self
@@ -65,178 +66,145 @@ class Engine:
         return bool(self._open)
 
     async def complete(
-        self, requests: Sequence[Request], *, round_: int = 0, description: str = "asking the teacher"
+        self,
+        requests: Iterable[Request],
+        *,
+        total: int | None = None,
+        round_: int = 0,
+        known: bool = True,
+        description: str = "asking the teacher",
     ) -> AsyncIterator[Completion]:
-        """Every answer to every request, known ones first, in order of arrival.
+        """Every answer to every request, in order of arrival; those that the corpus has only if `known`.
 
+        `requests` may be a generator of any length (`total`, where it has no len): a few thousand are held at once.
         A request that the endpoint rejects becomes a dead letter and yields nothing; one that keeps failing stays
         pending for the next start.
 
         Raises:
             TeacherRefused: key or quota; TeacherUnreachable: nothing gets through any more.
+            BudgetExhausted: the next call could pass a cap.
             CorpusError: the journal or the corpus cannot be written.
         """
-        requests = list({request.request_key: request for request in requests}.values())
-        self._corpus.add_requests(requests)
-        keys = [request.request_key for request in requests]
-        known = self._corpus.answers(keys)
-        dead = {} if self._config.retry_dead_letters else self._corpus.dead(keys)
-        for request in requests:
-            for completion in known.get(request.request_key, ()):
-                yield completion
-        todo = [r for r in requests if r.request_key not in known and r.request_key not in dead]
-        self.cached += len(known)
-        say(f"{description}: {len(requests)} questions, {len(known)} answered before, {len(todo)} to ask"
-            + (f", {len(dead)} in dead_letters (see teacher.retry_dead_letters)" if dead else ""))  # fmt: skip
-        if not todo:
-            return
-        if self._transport is None:
-            self._transport = await self._stack.enter_async_context(self._config.connect())
-        async with aclosing(self._ask_all(todo, round_, description)) as answers:
-            async for completion in answers:
-                yield completion
+        total = len(requests) if isinstance(requests, Sized) else total
+        most = self._config.concurrency
+        work = Work(most if total is None else max(1, min(most, total)), self.caller.wake, description, total)
+        async with aclosing(self._answers(work, requests, round_, known)) as answers:
+            async for completions in answers:
+                for completion in completions:
+                    yield completion
+        work.conclude()
 
-    async def _ask_all(self, todo: list[Request], round_: int, description: str) -> AsyncGenerator[Completion, None]:
-        work = Work(todo)
-        with Writer(self._corpus) as writer, counting(description, len(todo)) as progress:
+    async def call(self, request: Request) -> Reply:
+        """One question whose reply the caller reads: a call in the corpus, but neither answer nor dead letter.
+
+        Raises:
+            TeacherError, BudgetExhausted, CorpusError: as `complete`; RequestRejected: the endpoint cannot do this.
+        """
+        replies = []
+
+        def read(reply: Reply) -> tuple[list[Completion], Usage]:
+            replies.append(reply)
+            return [], usage_of(reply.data)
+
+        await asyncio.to_thread(self._corpus.add_requests, [request])
+        await self._connect()
+        with Writer(self._corpus) as writer:
+            await self.caller.call(request, Work(1, self.caller.wake, "call", 1), writer, read, bury=False)
+        return replies[-1]
+
+    async def _answers(
+        self, work: Work, requests: Iterable[Request], round_: int, known: bool
+    ) -> AsyncGenerator[list[Completion], None]:
+        with Writer(self._corpus) as writer, counting(work.description, work.total) as progress:
             self._open.append(work)
-            work.workers = [
-                asyncio.create_task(self._work(work, writer, round_))
-                for _ in range(min(self._config.concurrency, len(todo)))
-            ]
+            work.start(
+                self._produce(work, requests, writer, known),
+                lambda request: self._ask(request, work, writer, round_),
+            )
+            pulse = asyncio.create_task(self._pulse(work, progress))
             try:
                 async for completions in work.results():
-                    progress.advance(note=f"({work.failed} failed)" if work.failed else "")
-                    for completion in completions:
-                        yield completion
+                    yield completions
             finally:  # whatever ends the loop, what is in flight is paid for: wait for it and keep it
                 await work.drain()
+                pulse.cancel()
                 self._open.remove(work)
-        if work.error:
-            raise work.error
-        if work.rejected == len(todo):
-            raise TeacherRefused(f"all {len(todo)} requests were rejected, the last with: {work.last_failure}")
-        if work.failed == len(todo):
-            raise TeacherUnreachable(f"none of {len(todo)} requests got through: {work.last_failure}")
-        if work.failed:
-            say(f"{work.failed} of {len(todo)} requests failed ({work.last_failure}); they stay pending, run again")
 
-    async def _work(self, work: Work, writer: Writer, round_: int) -> None:
-        for request in work:
-            try:
-                completions = await self._ask(request, work, writer, round_)
-            except RequestRejected as error:
-                work.reject(error)
-                completions = []
-            except (TransientError, RateLimited) as error:
-                work.fail(error)
-                completions = []
-            except Stopped:
-                return
-            except BaseException as error:
-                work.stop(error)
-                raise
-            else:
-                work.in_a_row = 0
-            await work.queue.put(completions)
+    async def _produce(self, work: Work, requests: Iterable[Request], writer: Writer, known: bool) -> None:
+        """Look requests up in the corpus, chunk by chunk, and queue those that nobody has answered."""
+        stream = iter(requests)
+        while chunk := list(islice(stream, CHUNK)):
+            todo = await self._look_up(chunk, work, writer, known)
+            if todo:
+                await self._connect()
+            for request in todo:
+                await work.put(request)
+
+    async def _look_up(self, chunk: list[Request], work: Work, writer: Writer, known: bool) -> list[Request]:
+        """What of a chunk is to be asked."""
+        unique = {request.request_key: request for request in chunk}
+        settling = work.open | writer.unstored()  # taken first: what leaves it from now on is seen in the corpus
+        await asyncio.to_thread(self._corpus.add_requests, list(unique.values()))
+        answered, dead = await asyncio.to_thread(self._corpus.settled, list(unique))
+        if known and answered:
+            for completions in (await asyncio.to_thread(self._corpus.answers, sorted(answered))).values():
+                work.yield_known(completions)
+        dead = set() if self._config.retry_dead_letters else dead - answered
+        todo = [r for key, r in unique.items() if key not in answered and key not in dead and key not in settling]
+        self.cached += len(answered)
+        work.looked_up(len(chunk), len(answered), len(dead), len(todo))
+        return todo
+
+    async def _connect(self) -> None:
+        async with self._connecting:
+            if self.caller.transport is None:
+                if self.budget.caps.any:
+                    self.budget.count_history(await asyncio.to_thread(self._corpus.billed, self._run_id))
+                self.caller.transport = await self._stack.enter_async_context(self._config.connect())
+        if len(self._open) <= 1:
+            self.caller.limiter.begin()
 
     async def _ask(self, request: Request, work: Work, writer: Writer, round_: int) -> list[Completion]:
-        """One request until it is answered, rejected, or has failed too often."""
-        started, transient = time.monotonic(), 0
+        def read(reply: Reply) -> tuple[list[Completion], Usage]:
+            return decode_reply(reply.data, request, self._author, round_)
 
-        def spent(state: tenacity.RetryCallState) -> bool:
-            nonlocal transient
-            error = state.outcome.exception() if state.outcome else None
-            if isinstance(error, RateLimited):
-                return time.monotonic() - started > MAX_RATE_LIMIT_WAIT_S
-            transient += 1
-            return transient > self._config.max_retries
-
-        def wait(state: tenacity.RetryCallState) -> float:
-            error = state.outcome.exception() if state.outcome else None
-            if isinstance(error, RateLimited):
-                return 0.0  # the gate holds everybody
-            backoff = tenacity.wait_random_exponential(multiplier=0.25, max=20)(state)
-            return max(backoff, getattr(error, "retry_after_s", None) or 0.0)
-
-        retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type((TransientError, RateLimited)),
-            stop=spent,
-            wait=wait,
-            sleep=work.sleep,
-            reraise=True,
-        )
-        return await retrying(self._attempt, request, work, writer, round_)
-
-    async def _attempt(self, request: Request, work: Work, writer: Writer, round_: int) -> list[Completion]:
-        """One HTTP call; its outcome is in the journal before it is anybody's."""
-        await self._pass_gate(work)
-        assert self._transport is not None
-        identity = {
-            "attempt_id": str(uuid.uuid4()),
-            "request_key": request.request_key,
-            "run_id": self._run_id,
-        }
-        sent_at, clock = time.time(), time.monotonic()
-        writer.submit(Sent(**identity, attempted_at=sent_at))
-        completions: list[Completion] = []
-        outcome: dict[str, object] = {}
-        dead = False
-        try:
-            reply = await self._transport.send(request.body)
-            outcome = {"status": 200, "billed": True, "server_request_id": reply.server_request_id}
-            completions, usage = decode_reply(reply.data, request, self._author, round_)
-            outcome |= {"usage": usage, "cost_usd": self._cost(usage)}
-        except TeacherError as error:
-            # No status: the connection died, and nobody knows whether the call was paid for.
-            outcome |= {"billed": None if error.status in (None, 200) else False, "status": error.status,
-                        "error": str(error), "retry_after_s": error.retry_after_s}  # fmt: skip
-            outcome.setdefault("server_request_id", error.server_request_id)
-            if error.status in (404, 405) and not self.asked:  # else every request would become a dead letter
-                raise TeacherRefused(
-                    f"the first answer is {error}; check teacher.base_url and teacher.model", status=error.status
-                ) from error
-            dead = isinstance(error, RequestRejected)
-            self._learn(error, clock)
-            raise
-        except BaseException as error:
-            outcome = {"error": f"interrupted: {type(error).__name__}"}
-            raise
-        finally:
-            attempt = Attempt(**identity, attempted_at=sent_at, latency_s=time.monotonic() - clock, **outcome)  # type: ignore[arg-type]
-            by = scorer(request.model, request.context_hash)
-            writer.submit(Answered(attempt=attempt, completions=completions, scorer=by, dead_letter=dead))
+        completions = await self.caller.call(request, work, writer, read, bury=True)
         self.asked += 1
-        self._limited = 0
         self._count_missing_logprobs(request, completions)
         return completions
 
-    def _cost(self, usage: Usage) -> float | None:
-        """None where the price is not known, or the reply does not say how much was used."""
-        return self._config.price.cost(usage) if self._config.price and usage != Usage() else None
-
-    async def _pass_gate(self, work: Work) -> None:
-        if work.stopped:
-            raise Stopped
-        while (left := self._gate - time.monotonic()) > 0:
-            await work.sleep(left)
-
-    def _learn(self, error: TeacherError, sent: float) -> None:
-        """A 429 closes the gate for everybody, for as long as the endpoint asks or twice as long as the last time."""
-        if not isinstance(error, RateLimited):
-            return
-        wait_s, now = error.retry_after_s, time.monotonic()
-        if not wait_s:
-            if sent < self._gate_closed:
-                return  # one of a burst that closed the gate already
-            wait_s = min(30.0, 0.5 * 2**self._limited)
-            self._limited = min(self._limited + 1, 6)
-        if wait_s >= SAY_WAIT_S and now + wait_s > self._gate + SAY_WAIT_S:
-            say(f"rate limit: the teacher wants a pause of {wait_s:.0f} s")
-        self._gate, self._gate_closed = max(self._gate, now + wait_s), now
-
     def _count_missing_logprobs(self, request: Request, completions: list[Completion]) -> None:
-        if request.body.get("logprobs") and any(c.text and not c.logprobs for c in completions):
-            self.missing_logprobs += 1
-            if self.missing_logprobs == 1:
-                say(f"{request.model} was asked for logprobs and gave none; the text is kept, soft labels will lack")
+        """Raises:
+        TeacherRefused: they are required, and do not come.
+        """
+        if not request.body.get("logprobs"):
+            return
+        missing = any(c.text and not c.logprobs for c in completions)
+        self._missing_in_a_row = self._missing_in_a_row + 1 if missing else 0
+        self.missing_logprobs += missing
+        if missing and self.missing_logprobs == 1:
+            say(f"{request.model} was asked for logprobs and gave none; the text is kept, soft labels will lack")
+        if self._config.require_logprobs and self._missing_in_a_row >= MISSING_TO_STOP:
+            raise TeacherRefused(
+                f"{request.model} gave no logprobs {self._missing_in_a_row} times in a row, and "
+                "teacher.require_logprobs is set: ask another endpoint, or unset it to collect text"
+            )
+
+    async def _pulse(self, work: Work, progress: Counter) -> None:
+        """The live line."""
+        while True:
+            await asyncio.sleep(PULSE_S)
+            progress.at(work.done, self._note(work))
+
+    def _note(self, work: Work) -> str:
+        limiter = self.caller.limiter
+        parts = [f"{limiter.in_flight}/{int(limiter.window)} in flight", f"{limiter.rate():.3g}/s"]
+        if limiter.limited_calls:
+            parts.append(f"{limiter.limited_calls / max(1, limiter.calls):.0%} 429")
+        if line := self.budget.line():
+            parts.append(line)
+        if work.failed:
+            parts.append(f"{work.failed} failed")
+        if self.caller.last_error:
+            parts.append(f"last error: {self.caller.last_error[:60]}")
+        return ", ".join(parts)

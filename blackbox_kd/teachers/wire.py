@@ -49,6 +49,7 @@ class _Message(msgspec.Struct):
     reasoning_content: str | None = None
     reasoning: str | None = None
     refusal: str | None = None
+    tool_calls: list[Any] | None = None
 
 
 class _Logprobs(msgspec.Struct):
@@ -98,13 +99,13 @@ def decode_reply(data: bytes, request: Request, author: Author, round_: int) -> 
     try:
         reply = _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise TransientError(f"a 200 that cannot be read ({error}): {data[:80]!r}", status=200) from error
+        raise _unreadable(f"a 200 that cannot be read ({error}): {data[:80]!r}", data) from error
     if not reply.choices:
         if reply.error is not None:
             code = reply.error.get("code") if isinstance(reply.error, dict) else None
             status = int(str(code)) if str(code).isdecimal() else 0
             raise error_of(status if status >= 400 else 500, data, {})
-        raise TransientError(f"a 200 without choices: {data[:80]!r}", status=200)
+        raise _unreadable(f"a 200 without choices: {data[:80]!r}", data)
     usage = _usage(reply.usage)
     indexes = {choice.index for choice in reply.choices}  # some servers call every choice 0
     completions = [
@@ -114,7 +115,7 @@ def decode_reply(data: bytes, request: Request, author: Author, round_: int) -> 
             author=author,
             model=request.model,
             round=round_,
-            text=choice.message.content or choice.message.refusal or "",
+            text=_text(choice.message),
             reasoning=choice.message.reasoning_content or choice.message.reasoning,
             finish_reason="refusal" if refused(choice.message) else choice.finish_reason or "unknown",
             choice_idx=choice.index if len(indexes) == len(reply.choices) else position,
@@ -126,6 +127,30 @@ def decode_reply(data: bytes, request: Request, author: Author, round_: int) -> 
         for position, choice in enumerate(reply.choices)
     ]
     return completions, usage
+
+
+def usage_of(data: bytes) -> Usage:
+    """What a 200 says that it cost; nothing where it cannot be read."""
+    try:
+        return _usage(_decoder.decode(data).usage)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return Usage()
+
+
+def _unreadable(message: str, data: bytes) -> TransientError:
+    """Its body may have been paid for: it is kept with the attempt."""
+    error = TransientError(message, status=200)
+    error.detail = f"; the reply: {data.decode('utf-8', 'replace')}"
+    return error
+
+
+def _text(message: _Message) -> str:
+    """Content, else a refusal; calls of tools stand behind it as JSON."""
+    text = message.content or message.refusal or ""
+    if not message.tool_calls:
+        return text
+    calls = msgspec.json.encode({"tool_calls": message.tool_calls}).decode()
+    return f"{text}\n{calls}" if text else calls
 
 
 def refused(message: _Message) -> bool:
@@ -147,6 +172,12 @@ def _usage(usage: _Usage | None) -> Usage:
 
 def error_of(status: int, data: bytes, headers: Mapping[str, str]) -> TeacherError:
     """The exception for a reply that is no answer."""
+    error = _classify(status, data, headers)
+    error.headers, error.server_request_id = headers, headers.get("x-request-id")
+    return error
+
+
+def _classify(status: int, data: bytes, headers: Mapping[str, str]) -> TeacherError:
     said, codes = _error_text(data)
     message = f"HTTP {status}: {said}"
     if status in (401, 402, 403) or not codes.isdisjoint(QUOTA_CODES):

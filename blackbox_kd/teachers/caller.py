@@ -1,0 +1,164 @@
+"""One HTTP call and its retries: room in the budget, leave from the limiter, and a journal record before and after."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import tenacity
+
+from blackbox_kd.corpus.journal import Answered, Sent
+from blackbox_kd.corpus.writer import Writer
+from blackbox_kd.errors import RateLimited, RequestRejected, TeacherError, TeacherRefused, TransientError
+from blackbox_kd.progress import say
+from blackbox_kd.teachers.base import Reply, TeacherConfig, Transport
+from blackbox_kd.teachers.budget import Budget, completion_bound, prompt_bound
+from blackbox_kd.teachers.limiter import Limiter, Permit
+from blackbox_kd.teachers.work import Work
+from blackbox_kd.types import Attempt, Completion, Request, Usage, scorer
+
+Read = Callable[[Reply], tuple[list[Completion], Usage]]
+"""What a 200 says; it may raise a TeacherError."""
+
+PATHS = {"chat": "chat/completions", "completions": "completions"}
+SAY_WAIT_S = 5.0
+"""A pause at the gate that a person should know of."""
+DETAIL_CHARS = 4000
+"""Of a reply that cannot be read: it may have been paid for."""
+
+
+class Caller:
+    """Everything between a request and its outcome; one for each engine."""
+
+    def __init__(self, config: TeacherConfig, run_id: str, budget: Budget) -> None:
+        self._config, self._run_id, self._budget = config, run_id, budget
+        self.limiter = Limiter(config.concurrency, config.give_up_s)
+        self.transport: Transport | None = None
+        self.answered = 0
+        self.last_error = ""
+        self._share = 0.5  # of the worst case, in tokens, that calls really took
+
+    def wake(self) -> None:
+        """Those who wait for their turn look again whether they still should."""
+        self.limiter.wake()
+        self._budget.wake()
+
+    async def call(self, request: Request, work: Work, writer: Writer, read: Read, *, bury: bool) -> list[Completion]:
+        """One request until it is answered, rejected (a dead letter, if `bury`), or has failed too often."""
+        transient = 0
+
+        def spent(state: tenacity.RetryCallState) -> bool:
+            nonlocal transient
+            transient += not isinstance(_error_of(state), RateLimited)
+            return transient > self._config.max_retries
+
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type((TransientError, RateLimited)),
+            stop=spent,
+            wait=_wait_s,
+            sleep=work.sleep,
+            reraise=True,
+        )
+        return await retrying(self._call_once, request, work, writer, read, bury)
+
+    async def _call_once(
+        self, request: Request, work: Work, writer: Writer, read: Read, bury: bool
+    ) -> list[Completion]:
+        reserved = await self._budget.reserve(request.body, work.is_stopped)
+        bound = prompt_bound(request.body) + completion_bound(request.body) if self.limiter.tokens.rate else 0
+        try:
+            permit = await self.limiter.admit(bound * self._share, work.is_stopped)
+        except BaseException:
+            self._budget.free(reserved)
+            raise
+        call: dict[str, Any] = {
+            "attempt_id": str(uuid.uuid4()),
+            "request_key": request.request_key,
+            "run_id": self._run_id,
+            "attempted_at": time.time(),
+        }
+        clock, completions, failure = time.monotonic(), list[Completion](), None
+        outcome: dict[str, Any] = {}
+        try:
+            writer.submit(Sent(**call))
+            reply = await self._send(request)
+            outcome = {"status": 200, "billed": True, "server_request_id": reply.server_request_id}
+            completions, usage = read(reply)
+            outcome |= {"usage": usage, "cost_usd": self._cost(usage)}
+        except BaseException as error:
+            failure = error
+            outcome |= _failed(error)
+        attempt = Attempt(**call, latency_s=time.monotonic() - clock, **outcome)
+        self._budget.settle(reserved, attempt)
+        try:
+            self._learn(permit, bound, attempt, failure or reply)
+        finally:  # whatever is to be raised, this call is kept
+            dead = bury and isinstance(failure, RequestRejected) and not self._is_misdirected(failure)
+            by = scorer(request.model, request.context_hash)
+            writer.submit(Answered(attempt=attempt, completions=completions, scorer=by, dead_letter=dead))
+        if failure is not None:
+            raise self._misdirected(failure) if bury and self._is_misdirected(failure) else failure
+        self.answered += 1
+        return completions
+
+    async def _send(self, request: Request) -> Reply:
+        assert self.transport is not None
+        return await self.transport.send(request.body, PATHS[request.endpoint])
+
+    def _is_misdirected(self, failure: BaseException) -> bool:
+        return isinstance(failure, TeacherError) and failure.status in (404, 405) and not self.answered
+
+    def _misdirected(self, failure: BaseException) -> TeacherRefused:
+        """A wrong address or model; else every request would become a dead letter."""
+        return TeacherRefused(f"the first answer is {failure}; check teacher.base_url and teacher.model", status=404)
+
+    def _cost(self, usage: Usage) -> float | None:
+        """None where the price is not known, or the reply does not say how much was used."""
+        return self._budget.price.cost(usage) if self._budget.price and usage != Usage() else None
+
+    def _learn(self, permit: Permit, bound: int, attempt: Attempt, outcome: Reply | BaseException) -> None:
+        """What this call says about how fast the endpoint may be asked.
+
+        Raises:
+            TeacherUnreachable: nothing has got through for too long.
+        """
+        used = attempt.usage.prompt_tokens + attempt.usage.completion_tokens
+        if isinstance(outcome, Reply):
+            if used and bound:
+                self._share += 0.1 * (used / bound - self._share)
+            self.limiter.succeeded(permit, used, outcome.headers)
+            return
+        self.last_error = str(outcome)
+        if isinstance(outcome, RateLimited):
+            before = self.limiter.pause_s
+            self.limiter.limited(permit, outcome)
+            if self.limiter.pause_s > max(SAY_WAIT_S, before + SAY_WAIT_S):
+                say(f"rate limit: the teacher wants a pause of {self.limiter.pause_s:.0f} s")
+        elif isinstance(outcome, RequestRejected):  # it answers, and at once
+            self.limiter.succeeded(permit, 0, outcome.headers)
+        else:
+            self.limiter.failed(permit, isinstance(outcome, TransientError))
+
+
+def _error_of(state: tenacity.RetryCallState) -> BaseException | None:
+    return state.outcome.exception() if state.outcome else None
+
+
+def _wait_s(state: tenacity.RetryCallState) -> float:
+    """Backoff with full jitter; after a 429 the limiter holds everybody."""
+    error = _error_of(state)
+    if isinstance(error, RateLimited):
+        return 0.0
+    backoff = tenacity.wait_random_exponential(multiplier=0.25, max=20)(state)
+    return max(backoff, getattr(error, "retry_after_s", None) or 0.0)
+
+
+def _failed(error: BaseException) -> dict[str, Any]:
+    """An attempt without an answer. No status: the connection died, and nobody knows whether the call was paid for."""
+    if not isinstance(error, TeacherError):
+        return {"error": f"interrupted: {type(error).__name__}"}
+    found = {"billed": None if error.status in (None, 200) else False, "status": error.status,
+             "error": f"{error}{error.detail[:DETAIL_CHARS]}", "retry_after_s": error.retry_after_s}  # fmt: skip
+    return found | ({"server_request_id": error.server_request_id} if error.server_request_id else {})
