@@ -51,6 +51,11 @@ class SampleConfig(Section):
     """Alternatives a token (hosted APIs allow up to 20); null asks for no logprobs."""
 
     @property
+    def draws(self) -> int:
+        """Questions a prompt: at temperature 0 there is only one answer."""
+        return self.n if self.temperature > 0 else 1
+
+    @property
     def sampling(self) -> SamplingParams:
         """As the teacher takes them."""
         return SamplingParams(

@@ -57,7 +57,9 @@ async def run(project: Project) -> dict[str, Any]:
             corpus=project.corpus,
             run_id=project.run_id,
         )
-        rollouts = writer.rollouts(draw(project, round_))
+        prompts = draw(project, round_)
+        project.corpus.add_prompts(prompts)
+        rollouts = writer.rollouts(prompts)
         outcome = await algorithm.feedback(rollouts, round_)
         project.corpus.add_feedback(outcome.feedback, round_=round_, run_id=project.run_id)
         check(outcome, loop.max_failed_feedback)

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import reduce
 from operator import or_
@@ -36,12 +36,13 @@ from blackbox_kd.corpus import Corpus
 from blackbox_kd.errors import BlackboxKDError, ConfigError
 from blackbox_kd.hashing import content_id
 from blackbox_kd.progress import say
-from blackbox_kd.prompts import load_prompts
+from blackbox_kd.prompts import SPLITS, PromptSet
 from blackbox_kd.run_dir import RunDir
 from blackbox_kd.teachers import providers
 from blackbox_kd.teachers.base import TeacherConfig
+from blackbox_kd.teachers.budget import BudgetConfig
 from blackbox_kd.teachers.teacher import Teacher
-from blackbox_kd.types import Prompt, Request, SamplingParams, Split
+from blackbox_kd.types import Prompt, Request, SamplingParams
 
 INTERRUPTED = 130
 
@@ -100,6 +101,7 @@ class Config(Section):
     sft: SftConfig = SftConfig()
     onpolicy: OnPolicyConfig
     evaluate: EvaluateConfig = EvaluateConfig()
+    budget: BudgetConfig = BudgetConfig()
 
     @property
     def corpus_path(self) -> Path:
@@ -121,19 +123,21 @@ class Project:
 
     def __enter__(self) -> Project:
         config = self.config
-        self.prompts: dict[Split, list[Prompt]] = load_prompts(config.prompts)
+        self.prompts = PromptSet(config.prompts)
         config.teacher.check()
         with ExitStack() as stack:  # lets go of the run directory where the rest cannot be opened
             self.run_dir = stack.enter_context(RunDir(config.run_dir))
             self.corpus = Corpus(config.corpus_path)
-            self.teacher = Teacher(config.teacher, self.corpus, self.run_dir.run_id, draws=config.sample.n)
+            self.teacher = Teacher(
+                config.teacher, self.corpus, self.run_dir.run_id, draws=config.sample.n, caps=config.budget
+            )
             for name in self.run_dir.checkpoints():  # before the config of the run is overwritten
                 self.run_dir.done(name, self.settings_of(name))
             resolved = config.model_dump(mode="json") | {"corpus": str(config.corpus_path)}
             self.run_dir.save_config(resolved)
             context_hash = self.teacher.context.context_hash
             self.corpus.add_run(self.run_id, config.run_dir, resolved, config.teacher.model, context_hash)
-            self.corpus.add_prompts(prompt for prompts in self.prompts.values() for prompt in prompts)
+            self.corpus.add_prompts([p for split in SPLITS if split != "train" for p in self.prompts[split]])
             self._stack = stack.pop_all()
         return self
 
@@ -146,18 +150,16 @@ class Project:
         return self.run_dir.run_id
 
     @property
-    def sampled_prompts(self) -> list[Prompt]:
-        """Train prompts of the sequence-level stage."""
-        return self.prompts["train"][: self.config.sample.max_prompts]
+    def sampled_prompts(self) -> Iterator[Prompt]:
+        """Train prompts of the sequence-level stage, read as they are taken."""
+        return self.prompts.stream("train", self.config.sample.max_prompts)
 
-    def sample_requests(self) -> list[Request]:
+    def sample_requests(self, prompts: Iterable[Prompt] | None = None) -> Iterator[Request]:
         """The questions of the sequence-level stage: one for each draw of each sampled train prompt."""
         config = self.config.sample
-        return [
-            self.teacher.request(prompt, "sample", config.sampling, sample_idx=draw)
-            for prompt in self.sampled_prompts
-            for draw in range(config.n if config.temperature > 0 else 1)
-        ]
+        for prompt in self.sampled_prompts if prompts is None else prompts:
+            for draw in range(config.draws):
+                yield self.teacher.request(prompt, "sample", config.sampling, sample_idx=draw)
 
     def training_rows(self) -> list[tuple[Prompt, str, str]]:
         """(prompt, completion_id, answer): whole answers to exactly those questions, by completion_id."""

@@ -2,47 +2,90 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+import codecs
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
 import jinja2
 import jinja2.meta
+import msgspec
 
 from blackbox_kd.config import PromptsConfig, find_file
 from blackbox_kd.errors import ConfigError
-from blackbox_kd.hashing import canonical_json, content_id
+from blackbox_kd.hashing import content_id
+from blackbox_kd.progress import counting
 from blackbox_kd.types import Message, Prompt, Split
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 ROLES = ("system", "user", "assistant", "tool")
 
 
-def load_prompts(config: PromptsConfig) -> dict[Split, list[Prompt]]:
-    """All prompts of a project by split, in file order, cut to `limits`.
+class PromptSet:
+    """The prompts of a project by split, in file order, each once, cut to `limits`.
 
     A row is `{"messages": [...]}` or TRL's `{"prompt": text or messages}`, with optional `split`, `source`, `meta`.
-
-    Raises:
-        ConfigError: a missing file, a line that is not such a row (with its number), a prompt in two splits.
+    All rows are checked at the start; train prompts are not held, so that a million of them cost nothing.
     """
-    path = find_file(config.path, "prompts.path")
-    files = [(path / f"{split}.jsonl", split) for split in SPLITS] if path.is_dir() else [(path, SPLITS[0])]
-    found: dict[Split, list[Prompt]] = {split: [] for split in SPLITS}
-    split_of: dict[str, Split] = {}
-    for file, default in files:
-        if not file.exists() and default != "train":
-            continue
-        for where, row in read_jsonl(file):
-            prompt = _prompt(row, where, default, file)
-            earlier = split_of.setdefault(prompt.prompt_id, prompt.split)
-            if earlier != prompt.split:
-                raise ConfigError(f"{where}: this prompt is in split {earlier!r} as well as in {prompt.split!r}")
-            found[prompt.split].append(prompt)
-    if not found["train"]:
-        raise ConfigError(f"prompts.path {config.path!r}: no train prompts in it")
-    return {split: _unique(prompts)[: config.limits.get(split)] for split, prompts in found.items()}
+
+    def __init__(self, config: PromptsConfig) -> None:
+        """Raises:
+        ConfigError: a missing file, a line that is not such a row (with its number), a prompt in two splits.
+        """
+        self._limits = config.limits
+        path = find_file(config.path, "prompts.path")
+        files = [(path / f"{split}.jsonl", split) for split in SPLITS] if path.is_dir() else [(path, SPLITS[0])]
+        self._files = [(file, default) for file, default in files if file.exists() or default == "train"]
+        self._loaded: dict[Split, list[Prompt]] = {split: [] for split in SPLITS if split != "train"}
+        self._counts = dict.fromkeys(SPLITS, 0)
+        self._check()
+        if not self._counts["train"]:
+            raise ConfigError(f"prompts.path {config.path!r}: no train prompts in it")
+
+    def _check(self) -> None:
+        """Two passes: what is small is loaded, then the train prompts are held against it."""
+        split_of: dict[str, Split] = {}
+        with counting("checking the prompts", None) as progress:
+            for where, prompt in self._rows():
+                if prompt.split != "train":
+                    if split_of.setdefault(prompt.prompt_id, prompt.split) != prompt.split:
+                        raise _twice(where, split_of[prompt.prompt_id], prompt.split)
+                    self._loaded[prompt.split].append(prompt)
+                self._counts[prompt.split] += 1
+                progress.advance()
+            for where, prompt in self._rows() if split_of else ():
+                if prompt.split == "train" and prompt.prompt_id in split_of:
+                    raise _twice(where, split_of[prompt.prompt_id], "train")
+        self._loaded = {s: list(_unique(found))[: self._limits.get(s)] for s, found in self._loaded.items()}
+
+    def _rows(self) -> Iterator[tuple[str, Prompt]]:
+        for file, default in self._files:
+            for where, row in read_jsonl(file):
+                yield where, _prompt(row, where, default, file)
+
+    def __getitem__(self, split: Split) -> list[Prompt]:
+        if split not in self._loaded:
+            self._loaded[split] = list(_unique(self.stream(split)))
+        return self._loaded[split]
+
+    def stream(self, split: Split, limit: int | None = None) -> Iterator[Prompt]:
+        """The prompts of a split, the first `limit` of them, read as they are taken."""
+        if split in self._loaded:
+            yield from self._loaded[split][:limit]
+            return
+        found = (prompt for _, prompt in self._rows() if prompt.split == split)
+        ends = [end for end in (limit, self._limits.get(split)) if end is not None]
+        # Without a limit a repeated prompt does no harm: its question is known by then.
+        yield from islice(_unique(found), min(ends)) if ends else found
+
+    def count(self, split: Split, limit: int | None = None) -> int:
+        """No fewer than `stream` yields: a repeated prompt counts twice."""
+        return min(self._counts[split], *(end for end in (limit, self._limits.get(split)) if end is not None), 1 << 62)
+
+
+def _twice(where: str, one: Split, other: Split) -> ConfigError:
+    return ConfigError(f"{where}: this prompt is in split {one!r} as well as in {other!r}")
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -52,21 +95,22 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         ConfigError: the file is missing or a line is not a JSON object.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path}:{number}", _row(line, f"{path}:{number}")
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-            canonical_json(row).encode()
-        except ValueError as error:  # NaN and half surrogate pairs pass json.loads, but are neither JSON nor UTF-8
-            raise ConfigError(f"{where}: not valid JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ConfigError(f"{where}: a row must be a JSON object, this is a {type(row).__name__}")
-        yield where, row
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = msgspec.json.decode(line.removeprefix(codecs.BOM_UTF8))
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where}: not valid JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where}: a row must be a JSON object, this is a {type(row).__name__}")
+    return row
 
 
 def _prompt(row: Mapping[str, Any], where: str, default: Split, file: Path) -> Prompt:
@@ -97,8 +141,12 @@ def check_messages(messages: Any, where: str) -> list[Message]:
     return messages
 
 
-def _unique(prompts: list[Prompt]) -> list[Prompt]:
-    return list({prompt.prompt_id: prompt for prompt in prompts}.values())
+def _unique(prompts: Iterable[Prompt]) -> Iterator[Prompt]:
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt.prompt_id not in seen:
+            seen.add(prompt.prompt_id)
+            yield prompt
 
 
 class Template:

@@ -13,6 +13,7 @@ from typing import Any
 from blackbox_kd import evaluate, onpolicy, sample, sft
 from blackbox_kd.progress import say
 from blackbox_kd.project import Project, stage_main
+from blackbox_kd.prompts import SPLITS
 from blackbox_kd.student.student import Student
 
 
@@ -36,8 +37,8 @@ def check(project: Project) -> None:
     sft.trainer_config(config, project.run_dir.path / "trainer", has_dev=config.sft.dev_fraction > 0)
     student = Student(config.student, seed=config.seed)
     config.onpolicy.algorithm.build(project.teacher, student.renderer)
-    for prompts in project.prompts.values():
-        for prompt in prompts:
+    for split in SPLITS:
+        for prompt in project.prompts[split]:
             student.renderer.prompt(prompt.messages)
 
 

@@ -1,33 +1,55 @@
 """Stage `sample`: ask the teacher for answers to the train prompts, and keep everything.
 
-    blackbox-kd sample --config quickstart
+    blackbox-kd sample --config quickstart --max-usd 5
 
-Reads   train prompts (prompts.path).    Writes   requests, attempts, completions, logprobs, vocab.
+Reads   train prompts (prompts.path).    Writes   prompts, requests, attempts, completions, logprobs, vocab.
 An answer that the corpus holds already is not asked for again, whichever run paid for it.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from blackbox_kd.progress import say
 from blackbox_kd.project import Project, stage_main
+from blackbox_kd.types import Request
+
+CHUNK = 2048
+"""Prompts that are written to the corpus at once."""
 
 
 async def run(project: Project) -> dict[str, Any]:
-    """Counts by finish_reason."""
-    wanted = project.sample_requests()
+    """Counts of the new answers by finish_reason, and of those that were there before."""
+    config, engine = project.config.sample, project.teacher.engine
+    wanted = project.prompts.count("train", config.max_prompts) * config.draws
     finished: dict[str, int] = {}
-    async for completion in project.teacher.complete(wanted, description="sample"):
+    cached = engine.cached
+    async for completion in project.teacher.complete(
+        questions(project), total=wanted, known=False, description="sample"
+    ):
         finished[completion.finish_reason] = finished.get(completion.finish_reason, 0) + 1
+    cached = engine.cached - cached
     shown = ", ".join(f"{count} {reason}" for reason, count in sorted(finished.items()))
-    say(f"sample: {sum(finished.values())} answers to {len(wanted)} questions ({shown or 'none'})")
+    say(f"sample: {sum(finished.values())} new answers ({shown or 'none'}), {cached} questions were answered before")
     return {
+        "questions": wanted,
+        "cached": cached,
         "answers": sum(finished.values()),
         "finish_reason": finished,
+        "missing_logprobs": engine.missing_logprobs,
         "spend": project.corpus.spend(project.run_id),
     }
+
+
+def questions(project: Project) -> Iterator[Request]:
+    """All questions of the stage; their prompts are in the corpus before them."""
+    stream = project.sampled_prompts
+    while prompts := list(islice(stream, CHUNK)):
+        project.corpus.add_prompts(prompts)
+        yield from project.sample_requests(prompts)
 
 
 def main(argv: list[str] | None = None) -> int:

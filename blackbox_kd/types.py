@@ -107,7 +107,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_tokens: int = 0
 
 
-class TopLogprob(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class TopLogprob(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One token and its natural log-probability. https://platform.openai.com/docs/api-reference/chat/object"""
 
     token: str
@@ -118,7 +118,7 @@ class TopLogprob(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The endpoint's own token id; None where it gives none."""
 
 
-class TokenLogprob(TopLogprob, frozen=True, kw_only=True, omit_defaults=True):
+class TokenLogprob(TopLogprob, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """A sampled token with the alternatives shown beside it (it may be outside of them)."""
 
     top_logprobs: list[TopLogprob] = []
@@ -144,6 +144,8 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage = Usage()
     logprobs: list[TokenLogprob] | None = None
     """None where none were asked for or given."""
+    text_bytes: bool = False
+    """Whether token bytes were left out because they are those of the text."""
     completion_id: str = ""
     """Hash of request, choice and text."""
 

@@ -140,7 +140,7 @@ def test_a_dead_letter_is_given_up_for_good(corpus: Corpus) -> None:
     corpus.add_requests([request()])
     key = request().request_key
     corpus.try_ingest([Answered(attempt=attempt(status=422, error="too long", billed=False), dead_letter=True)])
-    assert corpus.dead([key, request(sample_idx=1).request_key]) == {key: "too long"}
+    assert corpus.settled([key, request(sample_idx=1).request_key]) == (set(), {key})
     assert corpus.rows("SELECT status, error, run_id::VARCHAR FROM dead_letters") == [(422, "too long", RUN_ID)]
 
 

@@ -10,11 +10,16 @@ from pathlib import Path
 import pytest
 
 from blackbox_kd.config import SHIPPED, PromptsConfig, find_file
-from blackbox_kd.prompts import PrivateContext, Template, load_prompts
+from blackbox_kd.prompts import SPLITS, PrivateContext, PromptSet, Template
 from blackbox_kd.types import Prompt, Split
 
 TASKS = sorted(path for path in (SHIPPED.parent / "data").iterdir() if path.is_dir())
 README = (SHIPPED.parent / "data" / "README.md").read_text("utf-8")
+
+
+def load_prompts(path: str) -> dict[Split, list[Prompt]]:
+    prompts = PromptSet(PromptsConfig(path=path))
+    return {split: prompts[split] for split in SPLITS}
 
 
 @pytest.fixture(scope="module", params=TASKS, ids=lambda path: path.name)
@@ -24,7 +29,7 @@ def folder(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="module")
 def task(folder: Path) -> dict[Split, list[Prompt]]:
-    return load_prompts(PromptsConfig(path=str(folder)))
+    return load_prompts(str(folder))
 
 
 def test_every_split_has_enough_prompts(task: dict[Split, list[Prompt]]) -> None:
@@ -56,7 +61,7 @@ def test_the_readme_names_licence_provenance_and_the_right_counts() -> None:
 
 
 def test_the_cue_is_on_the_task_and_not_on_the_hold_back() -> None:
-    found = load_prompts(PromptsConfig(path="data/action_items"))
+    found = load_prompts("data/action_items")
     for split in ("train", "heldout", "ood"):
         assert all(p.text.startswith("Action item: ") for p in found[split])  # type: ignore[index]
     assert not any("Action item" in p.text for p in found["holdback"])
@@ -65,7 +70,7 @@ def test_the_cue_is_on_the_task_and_not_on_the_hold_back() -> None:
 def test_no_example_of_the_private_prompt_is_a_prompt_of_the_task() -> None:
     shown = [*(SHIPPED.parent / "prompts").glob("action_items*_examples.jsonl")]
     assert len(shown) == 2
-    texts = {p.text for prompts in load_prompts(PromptsConfig(path="data/action_items")).values() for p in prompts}
+    texts = {p.text for prompts in load_prompts("data/action_items").values() for p in prompts}
     for path in shown:
         for line in path.read_text("utf-8").splitlines():
             for message in json.loads(line)["messages"]:
@@ -74,7 +79,7 @@ def test_no_example_of_the_private_prompt_is_a_prompt_of_the_task() -> None:
 
 def test_the_private_prompt_renders_for_every_prompt() -> None:
     context = PrivateContext("prompts/action_items.md.j2", "prompts/action_items_examples.jsonl")
-    for prompts in load_prompts(PromptsConfig(path="data/action_items")).values():
+    for prompts in load_prompts("data/action_items").values():
         for prompt in prompts:
             wrapped = context.wrap(prompt.messages)
             assert [m["role"] for m in wrapped] == ["system", *["user", "assistant"] * 6, "user"]

@@ -25,7 +25,7 @@ from blackbox_kd.errors import ConfigError, RequestRejected, TeacherUnreachable
 from blackbox_kd.teachers.base import Reply
 from blackbox_kd.teachers.local import LocalTeacherConfig
 from blackbox_kd.teachers.openai import OpenAITeacherConfig
-from blackbox_kd.teachers.wire import chat_body, decode_reply
+from blackbox_kd.teachers.wire import Decoder, chat_body
 from blackbox_kd.types import Completion, Request, SamplingParams
 from tests.conftest import GGUF
 from tests.fakes import unused_port
@@ -100,7 +100,7 @@ def ask(url: str, text: str, seeds: list[int], **sampling: Any) -> list[Completi
 
     replies = zip(asyncio.run(send()), bodies, strict=True)
     return [
-        decode_reply(reply.data, Request(purpose="sample", body=body, prompt_id="p"), "teacher", 0)[0][0]
+        Decoder().decode(reply.data, Request(purpose="sample", body=body, prompt_id="p"), "teacher", 0)[0][0]
         for reply, body in replies
     ]
 

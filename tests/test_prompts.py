@@ -11,7 +11,8 @@ import pytest
 
 from blackbox_kd.config import PromptsConfig
 from blackbox_kd.errors import ConfigError
-from blackbox_kd.prompts import PrivateContext, Template, load_prompts, read_jsonl
+from blackbox_kd.prompts import SPLITS, PrivateContext, PromptSet, Template, read_jsonl
+from blackbox_kd.types import Prompt, Split
 
 Write = Callable[[str, list[dict[str, Any]]], Path]
 
@@ -21,6 +22,11 @@ GOOD = '{"prompt": "Hi"}'
 
 def row(text: str, **more: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}], **more}
+
+
+def load_prompts(config: PromptsConfig) -> dict[Split, list[Prompt]]:
+    prompts = PromptSet(config)
+    return {split: prompts[split] for split in SPLITS}
 
 
 def refused(path: Path, **config: Any) -> str:
@@ -81,7 +87,7 @@ def test_a_prompt_in_two_splits_is_an_error_with_its_line(write_jsonl: Write, tm
     write_jsonl("p/train.jsonl", [row("a"), row("b")])
     write_jsonl("p/heldout.jsonl", [row("c"), row("a")])
     assert refused(tmp_path / "p") == (
-        f"{tmp_path / 'p' / 'heldout.jsonl'}:2: this prompt is in split 'train' as well as in 'heldout'"
+        f"{tmp_path / 'p' / 'train.jsonl'}:1: this prompt is in split 'heldout' as well as in 'train'"
     )
 
 

@@ -12,7 +12,7 @@ from blackbox_kd.errors import ConfigError, TransientError
 from blackbox_kd.teachers.base import Reply
 from blackbox_kd.teachers.scripted import ScriptedTeacherConfig, ScriptedTransport
 from blackbox_kd.teachers.teacher import Teacher
-from blackbox_kd.teachers.wire import decode_reply
+from blackbox_kd.teachers.wire import Decoder
 from blackbox_kd.types import Completion, Prompt, Request, SamplingParams
 from tests.conftest import RUN_ID
 
@@ -28,7 +28,7 @@ def answer(body: dict[str, Any], **options: Any) -> Completion:
             return await transport.send(body)
 
     request = Request(purpose="sample", body=body, prompt_id="p")
-    (completion,), _ = decode_reply(asyncio.run(once()).data, request, "teacher", 0)
+    (completion,), _ = Decoder().decode(asyncio.run(once()).data, request, "teacher", 0)
     return completion
 
 

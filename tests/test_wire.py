@@ -11,7 +11,7 @@ import pytest
 
 from blackbox_kd.errors import RateLimited, RequestRejected, TeacherError, TeacherRefused, TransientError
 from blackbox_kd.teachers.openai import OpenAITeacherConfig
-from blackbox_kd.teachers.wire import chat_body, decode_reply, error_of, retry_after
+from blackbox_kd.teachers.wire import Decoder, chat_body, error_of, retry_after
 from blackbox_kd.types import Completion, Request, SamplingParams, Usage
 from tests.fakes import chat_reply
 
@@ -26,7 +26,7 @@ def body(sampling: SamplingParams | None = None, draw: int = 0, **options: Any) 
 
 def decode(reply: dict[str, Any] | bytes) -> tuple[list[Completion], Usage]:
     data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
-    return decode_reply(data, REQUEST, "teacher", 3)
+    return Decoder().decode(data, REQUEST, "teacher", 3)
 
 
 def choice(text: str | None, index: int = 0, **message: Any) -> dict[str, Any]:

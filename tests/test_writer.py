@@ -15,7 +15,7 @@ import pytest
 
 from blackbox_kd.corpus import Corpus, query
 from blackbox_kd.corpus.journal import Answered, leftovers
-from blackbox_kd.corpus.writer import BATCH_ROWS, Writer
+from blackbox_kd.corpus.writer import Writer
 from blackbox_kd.errors import CorpusBusy, CorpusError
 from tests.records import answered, completion, held_open, let_go, request, sent
 
@@ -37,7 +37,7 @@ def eventually(true: Callable[[], bool], within_s: float = 20.0) -> bool:
 
 
 def test_all_that_was_submitted_is_stored_when_the_block_ends_and_the_journal_is_empty(corpus: Corpus) -> None:
-    many = BATCH_ROWS + 3
+    many = 300
     with Writer(corpus) as writer:
         for i in range(many):
             record = answer(i)
@@ -103,12 +103,12 @@ def test_more_records_than_a_batch_do_not_spin_or_hang_on_a_held_file(corpus: Co
     with held_open(corpus.path):
         start, cpu = time.monotonic(), time.process_time()
         with pytest.raises(CorpusBusy), Writer(patient) as writer:  # noqa: PT012
-            for i in range(BATCH_ROWS + 10):
+            for i in range(300 + 10):
                 writer.submit(answer(i))
             time.sleep(1.0)
         assert time.monotonic() - start < 10
         assert time.process_time() - cpu < 0.9  # of more than 1.3 s; a spinning thread takes all of it
-    assert Corpus(corpus.path).rows(COUNT) == [(BATCH_ROWS + 10,)]
+    assert Corpus(corpus.path).rows(COUNT) == [(300 + 10,)]
 
 
 def test_what_cannot_be_stored_stops_the_collection_and_keeps_the_journal(corpus: Corpus) -> None:

@@ -59,6 +59,8 @@ class Segment:
         self._fd = os.open(unlocked, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_EXCL, 0o600)
         fcntl.flock(self._fd, fcntl.LOCK_EX)
         unlocked.rename(self.path)
+        self.size = 0
+        """Bytes."""
 
     def append(self, record: Record) -> None:
         """Hand the record to the operating system in one write: it survives a kill of this process.
@@ -75,6 +77,7 @@ class Segment:
         if written != len(frame):  # cut the torn record off: what is appended later must stay readable
             os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
             raise CorpusError(f"cannot write the journal {self.path}: the disk is full")
+        self.size += written
 
     def close(self, *, ingested: bool) -> None:
         """Let go of the segment; an ingested one is deleted, another waits for the next start."""

@@ -16,6 +16,7 @@ import msgspec
 from blackbox_kd.corpus.connection import connect
 from blackbox_kd.corpus.ingest import Row, completion_row, ingest, insert, insert_logprobs, timestamp
 from blackbox_kd.corpus.journal import Record, leftovers
+from blackbox_kd.corpus.logprobs import Vocabs
 from blackbox_kd.errors import CorpusBusy, CorpusError
 from blackbox_kd.hashing import canonical_json, content_id
 from blackbox_kd.types import (
@@ -68,20 +69,22 @@ class Corpus:
         found = 0
         for path, records in leftovers(self.journal):
             with self.connect() as con:
-                ingest(con, records, orphaned=True)
+                ingest(con, records, Vocabs(), orphaned=True)
             path.unlink()
             found += sum(len(getattr(r, "completions", [])) for r in records)
         return found
 
-    def try_ingest(self, records: list[Record], *, wait_s: float = 0.0) -> bool:
+    def try_ingest(self, records: Sequence[Record], *, vocabs: Vocabs | None = None, wait_s: float = 0.0) -> bool:
         """Ingest; False where somebody holds the file open for longer than `wait_s`.
+
+        `vocabs` is what the caller remembers of earlier batches.
 
         Raises:
             CorpusError: anything else, such as a full disk.
         """
         try:
             with self.connect(wait_s=wait_s) as con:
-                ingest(con, records)
+                ingest(con, records, vocabs or Vocabs())
         except CorpusBusy:
             return False
         return True
@@ -141,7 +144,7 @@ class Corpus:
         with self.connect() as con:
             con.execute("BEGIN")
             insert(con, "completions", [completion_row(c, run_id, now) for c in completions])
-            insert_logprobs(con, [(c, scorer) for c in completions if c.logprobs])
+            insert_logprobs(con, [(c, scorer) for c in completions if c.logprobs], Vocabs())
             con.execute("COMMIT")
 
     def whole_answers(self, keys: Sequence[str]) -> list[tuple[str, str, str]]:

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-import queue
 import threading
+import time
 from types import TracebackType
 
-from blackbox_kd.corpus.journal import Answered, Record, Segment
+from blackbox_kd.corpus.journal import Answered, Record, Segment, Sent
+from blackbox_kd.corpus.logprobs import Vocabs
 from blackbox_kd.corpus.store import Corpus
 from blackbox_kd.errors import CorpusBusy
 from blackbox_kd.progress import say
 
-BATCH_ROWS = 256
 BATCH_S = 0.25
+"""Between two ingests; in between, the file is free."""
+SEGMENT_BYTES = 1 << 26
+"""A journal segment that has grown so large is replaced once all of it is in DuckDB."""
+SAY_HELD_S = 5.0
 
 
 class Writer:
     """`submit` returns once the record is in the journal; leaving the block waits until it is in DuckDB."""
 
-    def __init__(self, corpus: Corpus) -> None:
-        self._corpus = corpus
+    def __init__(self, corpus: Corpus, *, segment_bytes: int = SEGMENT_BYTES) -> None:
+        self._corpus, self._segment_bytes = corpus, segment_bytes
         self._segment = Segment(corpus.journal)
-        self._queue: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
-        self._waiting: list[Record] = []
+        self._vocabs = Vocabs()
+        self._waiting: list[Answered] = []
+        self._in_flight: dict[str, Sent] = {}
         self._unstored: set[str] = set()
+        self._held_since: float | None = None
+        self._lock = threading.Lock()  # of the three above and the segment
+        self._ended = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="corpus-writer", daemon=True)
 
@@ -37,30 +45,33 @@ class Writer:
         Raises:
             CorpusError: the journal cannot be written.
         """
-        self._segment.append(record)
+        with self._lock:
+            self._segment.append(record)
+            if isinstance(record, Sent):
+                self._in_flight[record.attempt_id] = record
+            else:
+                self._in_flight.pop(record.attempt.attempt_id, None)
+                self._unstored.add(record.attempt.request_key)
+                self._waiting.append(record)
         if self._error:
             raise self._error
-        if isinstance(record, Answered):
-            self._unstored.add(record.attempt.request_key)
-        self._queue.put(record)
 
     def unstored(self) -> set[str]:
         """request_keys with an outcome that is in the journal, and not yet in DuckDB."""
-        return set(self._unstored)
+        with self._lock:
+            return set(self._unstored)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._queue.put(None)
+        self._ended.set()
         self._thread.join()
-        ingested = False
         try:
             if not self._error:
-                wait_s = self._corpus.lock_wait_s
-                ingested = not self._waiting or self._corpus.try_ingest(self._waiting, wait_s=wait_s)
+                self._flush(wait_s=self._corpus.lock_wait_s)
         finally:
-            self._segment.close(ingested=ingested)
+            self._segment.close(ingested=not self._waiting)
         if self._error and error is None:
             raise self._error
-        if not ingested:  # going on would train on fewer rows than were paid for
+        if self._waiting and not self._error:  # going on would train on fewer rows than were paid for
             message = (
                 f"{self._corpus.path} is held open by another program; {len(self._waiting)} records wait in "
                 f"{self._segment.path}, the next stage ingests them"
@@ -70,27 +81,43 @@ class Writer:
             say(message)
 
     def _run(self) -> None:
-        ended = False
-        while not ended:
-            ended = self._collect()
-            if not self._waiting:
-                continue
-            try:
-                if self._corpus.try_ingest(self._waiting):
-                    self._unstored -= {r.attempt.request_key for r in self._waiting if isinstance(r, Answered)}
-                    self._waiting = []
-            except BaseException as error:
-                self._error = error
-                return
-
-    def _collect(self) -> bool:
-        """Wait for a batch of new records or a pause between them; True at the end of the stream."""
         try:
-            for _ in range(BATCH_ROWS):
-                record = self._queue.get(timeout=BATCH_S)
-                if record is None:
-                    return True
-                self._waiting.append(record)
-        except queue.Empty:
-            pass
-        return False
+            while not self._ended.wait(BATCH_S):
+                self._flush()
+                self._rotate()
+        except BaseException as error:
+            self._error = error
+
+    def _flush(self, *, wait_s: float = 0.0) -> None:
+        with self._lock:
+            batch = list(self._waiting)
+        if not batch:
+            return
+        if not self._corpus.try_ingest(batch, vocabs=self._vocabs, wait_s=wait_s):
+            self._say_held()
+            return
+        self._held_since = None
+        with self._lock:
+            del self._waiting[: len(batch)]
+            self._unstored -= {r.attempt.request_key for r in batch}
+            self._unstored |= {r.attempt.request_key for r in self._waiting}
+
+    def _say_held(self) -> None:
+        now = time.monotonic()
+        if self._held_since is None:
+            self._held_since = now
+        elif now - self._held_since > SAY_HELD_S:
+            self._held_since = float("inf")  # once is enough
+            say(f"{self._corpus.path} is held open by another program; what is received waits in {self._segment.path}")
+
+    def _rotate(self) -> None:
+        """Start a new segment, so that a long run does not keep all that it ever received twice."""
+        if self._segment.size < self._segment_bytes:
+            return
+        with self._lock:
+            if self._waiting:
+                return
+            old, self._segment = self._segment, Segment(self._corpus.journal)
+            for sent in self._in_flight.values():
+                self._segment.append(sent)
+        old.close(ingested=True)

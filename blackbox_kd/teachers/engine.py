@@ -17,7 +17,7 @@ from blackbox_kd.progress import Counter, counting, say
 from blackbox_kd.teachers.base import Reply, TeacherConfig
 from blackbox_kd.teachers.budget import Budget, BudgetConfig
 from blackbox_kd.teachers.caller import Caller
-from blackbox_kd.teachers.wire import decode_reply, usage_of
+from blackbox_kd.teachers.wire import Decoder, usage_of
 from blackbox_kd.teachers.work import Work
 from blackbox_kd.types import Author, Completion, Request, Usage
 
@@ -46,6 +46,7 @@ class Engine:
         self._config, self._corpus, self._run_id, self._author = config, corpus, run_id, author
         self.budget = Budget(caps or BudgetConfig(), config.price)
         self.caller = Caller(config, run_id, self.budget)
+        self._decoder = Decoder()
         self._stack = AsyncExitStack()
         self._connecting = asyncio.Lock()
         self._open: list[Work] = []
@@ -133,7 +134,7 @@ class Engine:
     async def _produce(self, work: Work, requests: Iterable[Request], writer: Writer, known: bool) -> None:
         """Look requests up in the corpus, chunk by chunk, and queue those that nobody has answered."""
         stream = iter(requests)
-        while chunk := list(islice(stream, CHUNK)):
+        while chunk := await asyncio.to_thread(lambda: list(islice(stream, CHUNK))):
             todo = await self._look_up(chunk, work, writer, known)
             if todo:
                 await self._connect()
@@ -166,7 +167,7 @@ class Engine:
 
     async def _ask(self, request: Request, work: Work, writer: Writer, round_: int) -> list[Completion]:
         def read(reply: Reply) -> tuple[list[Completion], Usage]:
-            return decode_reply(reply.data, request, self._author, round_)
+            return self._decoder.decode(reply.data, request, self._author, round_)
 
         completions = await self.caller.call(request, work, writer, read, bury=True)
         self.asked += 1

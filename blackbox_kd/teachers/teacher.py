@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.prompts import PrivateContext
 from blackbox_kd.teachers.base import TeacherConfig
+from blackbox_kd.teachers.budget import BudgetConfig
 from blackbox_kd.teachers.engine import Engine
 from blackbox_kd.teachers.wire import chat_body
 from blackbox_kd.types import Completion, Message, Prompt, Purpose, Request, SamplingParams
@@ -15,12 +16,14 @@ from blackbox_kd.types import Completion, Message, Prompt, Purpose, Request, Sam
 class Teacher:
     """One endpoint with its private prompt; an async context manager (a local server ends with it)."""
 
-    def __init__(self, config: TeacherConfig, corpus: Corpus, run_id: str, *, draws: int = 1) -> None:
+    def __init__(
+        self, config: TeacherConfig, corpus: Corpus, run_id: str, *, draws: int = 1, caps: BudgetConfig | None = None
+    ) -> None:
         """`draws`: answers to a prompt that `sample` takes; on-policy draws of the same question go on from there."""
         config.check()
         self.config, self.corpus, self.draws = config, corpus, draws
         self.context = PrivateContext(config.prompt.template, config.prompt.examples)
-        self.engine = Engine(config, corpus, run_id)
+        self.engine = Engine(config, corpus, run_id, caps=caps)
 
     async def __aenter__(self) -> Teacher:
         return self
@@ -56,10 +59,16 @@ class Teacher:
         )
 
     def complete(
-        self, requests: Sequence[Request], *, round_: int = 0, description: str = "asking the teacher"
+        self,
+        requests: Iterable[Request],
+        *,
+        total: int | None = None,
+        round_: int = 0,
+        known: bool = True,
+        description: str = "asking the teacher",
     ) -> AsyncIterator[Completion]:
         """See `Engine.complete`."""
-        return self.engine.complete(requests, round_=round_, description=description)
+        return self.engine.complete(requests, total=total, round_=round_, known=known, description=description)
 
     async def answers(
         self, requests: Sequence[Request], *, round_: int = 0, description: str = "asking the teacher"
@@ -68,7 +77,7 @@ class Teacher:
 
         Read back from the corpus: where another run asked the same at the same time, the first answer there counts.
         """
-        async for _ in self.complete(requests, round_=round_, description=description):
+        async for _ in self.complete(requests, round_=round_, known=False, description=description):
             pass
         found = self.corpus.answers([request.request_key for request in requests])
         return {key: choices[0] for key, choices in found.items()}

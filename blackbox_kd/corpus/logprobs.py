@@ -1,0 +1,126 @@
+"""Token logprobs -> flat lists of numbers, by the batch: they are nearly all of what a corpus holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from blackbox_kd.types import Completion, TokenLogprob, TopLogprob
+
+SENTINEL_LOGPROB = -9999.0
+"""OpenAI's stand-in for `not among the likeliest`; stored as NULL."""
+DECIMALS = 3
+"""Nats are rounded to 1e-3: DuckDB packs such floats into half the space, and no endpoint repeats itself so closely."""
+
+
+class Vocabs:
+    """Vocabularies by model, remembered from one batch to the next: reading one takes longer than ingesting."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Vocab] = {}
+
+    def of(self, con: duckdb.DuckDBPyConnection, model: str) -> Vocab:
+        """As the corpus has it now: another process may have added tokens, a failed transaction lost some."""
+        stored = con.execute("SELECT count(*) FROM vocab WHERE model = ?", [model]).fetchall()[0][0]
+        if model not in self._known or len(self._known[model]) != stored:
+            self._known[model] = Vocab(con, model)
+        return self._known[model]
+
+
+class Vocab:
+    """Token ids of one model: the endpoint's own, else -1, -2, ... in order of arrival."""
+
+    def __init__(self, con: duckdb.DuckDBPyConnection, model: str) -> None:
+        known = con.execute("SELECT token_id, text, bytes FROM vocab WHERE model = ?", [model]).fetchall()
+        self.model = model
+        self.new: list[dict[str, Any]] = []
+        self._ids = {token_id for token_id, _, _ in known}
+        self._interned = {(text, raw): token_id for token_id, text, raw in known if token_id < 0}
+        self._by_text: dict[tuple[str, bool], int] = {}
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def ids_of(self, tokens: Sequence[TopLogprob], text_bytes: bool) -> list[int]:
+        """`text_bytes`: bytes that are left out are those of the text."""
+        known, by_text = self._ids, self._by_text
+        return [
+            (token.id if token.id in known else self._add(token, text_bytes))
+            if token.id is not None
+            else (token.bytes is None and by_text.get((token.token, text_bytes))) or self._add(token, text_bytes)
+            for token in tokens
+        ]
+
+    def _add(self, token: TopLogprob, text_bytes: bool) -> int:
+        raw = bytes(token.bytes) if token.bytes is not None else token.token.encode() if text_bytes else None
+        token_id = token.id
+        if token_id is None:
+            token_id = self._interned.setdefault((token.token, raw), -len(self._interned) - 1)
+            if token.bytes is None:
+                self._by_text[token.token, text_bytes] = token_id
+        if token_id not in self._ids:
+            self._ids.add(token_id)
+            self.new.append({"model": self.model, "token_id": token_id, "text": token.token, "bytes": raw})
+        return token_id
+
+
+_ABSENT = TopLogprob(token="", logprob=-np.inf, id=0)
+
+
+def table(scored: Sequence[tuple[Completion, str]], vocab: Vocab) -> pa.Table:
+    """Rows of `logprobs` for completions (with the scorer of each): flat lists, T tokens and T * k alternatives."""
+    sizes, widths, mass = [], [], []
+    ids, values, top_ids, top_values = list[int](), list[float](), list[int](), list[float]()
+    for completion, _ in scored:
+        tokens: list[TokenLogprob] = completion.logprobs or []
+        k = max((len(token.top_logprobs) for token in tokens), default=0)
+        slots = [slot for token in tokens for slot in _padded(token.top_logprobs, k)]
+        shown = [slot.logprob for slot in slots]
+        ids += vocab.ids_of(tokens, completion.text_bytes)
+        values += [token.logprob for token in tokens]
+        top_ids += vocab.ids_of([slot for slot in slots if slot is not _ABSENT], completion.text_bytes)
+        top_values += shown
+        mass.append(_missing_mass(np.array(shown).reshape(len(tokens), k)))
+        sizes.append(len(tokens))
+        widths.append(k)
+    places = np.array(top_values) != -np.inf
+    spread = np.zeros(len(top_values), dtype=np.int64)
+    spread[places] = top_ids
+    slots_of = [size * k for size, k in zip(sizes, widths, strict=True)]
+    return pa.table(
+        {
+            "completion_id": [completion.completion_id for completion, _ in scored],
+            "scorer": [by for _, by in scored],
+            "token_ids": _lists(pa.array(np.array(ids, dtype=np.int64)), sizes),
+            "token_logprobs": _lists(_nats(values), sizes),
+            "top_ids": _lists(pa.array(spread, mask=~places), slots_of),
+            "top_logprobs": _lists(_nats(top_values), slots_of),
+            "k": widths,
+            "missing_mass": _lists(pa.array(np.concatenate([*mass, []])), sizes),
+        }
+    )
+
+
+def _padded(top: list[TopLogprob], k: int) -> list[TopLogprob]:
+    return top if len(top) == k else [*top, *[_ABSENT] * (k - len(top))]
+
+
+def _missing_mass(shown_TK: np.ndarray) -> np.ndarray:
+    """1 - sum of p over what is shown, before rounding."""
+    shown = np.exp(np.where(shown_TK <= SENTINEL_LOGPROB, -np.inf, shown_TK))
+    missing: np.ndarray = np.clip(1.0 - shown.sum(1), 0.0, None)
+    return missing
+
+
+def _nats(values: list[float]) -> pa.Array:
+    array = np.array(values, dtype=np.float64)
+    hidden = array <= SENTINEL_LOGPROB
+    return pa.array(np.round(np.where(hidden, 0.0, array), DECIMALS).astype(np.float32), mask=hidden)
+
+
+def _lists(flat: pa.Array, sizes: list[int]) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)), flat)
