@@ -22,7 +22,7 @@ CHUNK = 2048
 
 
 async def run(project: Project) -> dict[str, Any]:
-    """Counts of the new answers by finish_reason, and of those that were there before."""
+    """How many questions are answered, those before included; `finish_reason` counts the new answers."""
     config, engine = project.config.sample, project.teacher.engine
     wanted = project.prompts.count("train", config.max_prompts) * config.draws
     finished: dict[str, int] = {}
@@ -33,11 +33,11 @@ async def run(project: Project) -> dict[str, Any]:
         finished[completion.finish_reason] = finished.get(completion.finish_reason, 0) + 1
     cached = engine.cached - cached
     shown = ", ".join(f"{count} {reason}" for reason, count in sorted(finished.items()))
-    say(f"sample: {sum(finished.values())} new answers ({shown or 'none'}), {cached} questions were answered before")
+    say(f"sample: {cached} of {wanted} questions were answered before, {sum(finished.values())} new answers ({shown})")
     return {
         "questions": wanted,
         "cached": cached,
-        "answers": sum(finished.values()),
+        "answers": cached + sum(finished.values()),
         "finish_reason": finished,
         "missing_logprobs": engine.missing_logprobs,
         "spend": project.corpus.spend(project.run_id),

@@ -78,11 +78,14 @@ def test_the_stage_asks_each_train_prompt_and_prints_its_summary(
     assert answers(tmp_path) == train(4)
     shown = capsys.readouterr()
     assert json.loads(shown.out) == {
+        "questions": 4,
+        "cached": 0,
         "answers": 4,
         "finish_reason": {"stop": 4},
+        "missing_logprobs": 0,
         "spend": {"calls": 4, "prompt_tokens": 28, "completion_tokens": 12, "cost_usd": None, "unknown_calls": 0},
     }
-    assert "4 answers to 4 questions" in shown.err
+    assert "0 of 4 questions were answered before, 4 new answers (4 stop)" in shown.err
     assert sorted(api.bodies, key=str)[0] == {
         "model": "m", "messages": [{"role": "user", "content": "train 0"}], "temperature": 1.0, "top_p": 1.0,
         "max_tokens": 9, "seed": 0,
@@ -112,7 +115,9 @@ def test_a_second_run_asks_nothing_and_reports_the_same_answers(
             assert sample.main(["--config", config, "--json"]) == 0
             outputs.append(json.loads(capsys.readouterr().out))
         assert (len(api.bodies), api.models_asked) == (4, 1)
-    assert outputs[0] == outputs[1]
+    first, second = outputs
+    assert (first["answers"], first["cached"], second["answers"], second["cached"]) == (4, 0, 4, 4)
+    assert first["spend"] == second["spend"]
 
 
 def test_another_run_address_and_template_name_over_the_same_corpus_asks_nothing(
@@ -158,7 +163,7 @@ def test_at_temperature_0_there_is_one_draw(tmp_path: Path, capsys: pytest.Captu
         assert sample.main(["--config", config]) == 0
     assert answers(tmp_path) == train(4)
     assert {(body["temperature"], body["seed"]) for body in api.bodies} == {(0, 0)}
-    assert "4 answers to 4 questions" in last_line(capsys)
+    assert "0 of 4 questions were answered before, 4 new" in last_line(capsys)
 
 
 def test_max_prompts_takes_the_first_and_a_flag_beats_the_file(tmp_path: Path) -> None:
@@ -283,7 +288,7 @@ def test_the_key_is_nowhere_on_disk_nor_on_the_screen(
 
 def test_any_stage_runs_through_the_same_door(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     async def look(project: Any) -> dict[str, Any]:
-        return {"train": len(project.sampled_prompts), "model": project.teacher.config.model}
+        return {"train": len(list(project.sampled_prompts)), "model": project.teacher.config.model}
 
     config = write_config(tmp_path, "http://127.0.0.1:1/v1")
     assert stage_main("look", "Look.", look, ["--config", config, "--json", "--sample.max_prompts", "3"]) == 0

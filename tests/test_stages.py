@@ -317,7 +317,7 @@ def test_the_corpus_can_be_read_while_a_stage_holds_nothing(project_file: Path) 
     from blackbox_kd.project import Config, Project
 
     with Project(load_config(Config, str(project_file))):
-        assert rows(project_file, "select count(*) from prompts") == [(22,)]
+        assert rows(project_file, "select count(*) from prompts") == [(10,)]  # the train prompts come with `sample`
 
 
 def test_ctrl_c_ends_training_at_once_and_leaves_the_run_resumable(project_file: Path) -> None:
