@@ -46,6 +46,9 @@ from blackbox_kd.types import Prompt, Request, SamplingParams
 
 INTERRUPTED = 130
 
+CAPS = {"usd": "DOLLARS", "tokens": "N", "requests": "N"}
+"""Keys of `budget` that have a short flag."""
+
 if TYPE_CHECKING:
     TeacherChoice = TeacherConfig
     AlgorithmChoice = AlgorithmConfig
@@ -215,6 +218,10 @@ def parser(command: str, doc: str) -> argparse.ArgumentParser:
         + "\n".join(f"  --{key}\n        {text}" for key, text in walk(Config)),
     )
     made.add_argument("--config", required=True, help="a shipped config (quickstart) or a YAML file")
+    for cap, unit in CAPS.items():
+        made.add_argument(
+            f"--max-{cap}", metavar=unit, help=f"never bill this run more, over all its starts (budget.max_{cap})"
+        )
     made.add_argument("--json", action="store_true", help="print the final summary as one JSON object on stdout")
     made.add_argument("--debug", action="store_true", help="show tracebacks")
     return made
@@ -264,7 +271,8 @@ def stage_main(
     flags, rest = parser(command, doc).parse_known_args(argv)
 
     def body() -> int:
-        config = load_config(Config, flags.config, overrides(rest))
+        caps = [(f"budget.max_{cap}", value) for cap in CAPS if (value := getattr(flags, f"max_{cap}")) is not None]
+        config = load_config(Config, flags.config, [*overrides(rest), *caps])
         with Project(config) as project:
             result = asyncio.run(_closing(stage, project))
             if flags.json:

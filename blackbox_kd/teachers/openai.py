@@ -6,6 +6,8 @@ import os
 from contextlib import AbstractAsyncContextManager
 from typing import Literal
 
+from pydantic import Field
+
 from blackbox_kd.errors import ConfigError
 from blackbox_kd.teachers.base import TeacherConfig, Transport, api_key
 from blackbox_kd.teachers.transport import open_fast
@@ -19,6 +21,8 @@ class OpenAITeacherConfig(TeacherConfig):
     """Up to and including /v1; null: $OPENAI_BASE_URL, else OpenAI itself."""
     api_key_env: str | None = "OPENAI_API_KEY"
     """Environment variable with the key; null for an endpoint without one."""
+    concurrency: int = Field(128, ge=1)
+    """Most requests in flight at once; the limiter starts with a few and finds out how many are worth it."""
     extra_headers: dict[str, str] = {}
     """Sent with every request, never part of its key. `$NAME` in a value is that environment variable (for keys)."""
 
