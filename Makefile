@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup quickstart test test-fast lint bench clean
+.PHONY: setup quickstart test test-fast lint bench bench-collect clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,11 @@ test-fast: setup
 # three seeds of the quickstart, each with its control: about half an hour
 bench: setup
 	$(BIN)/python benchmarks/quickstart_seeds.py --seeds 1 2 3
+
+# collecting beside the SDK and its ideal (about 10 minutes), then 200 kills (about 15)
+bench-collect: setup
+	$(BIN)/python benchmarks/collect.py --json > benchmarks/results/collect.json
+	$(BIN)/python benchmarks/kill.py --kills 200 --json > benchmarks/results/kill.json
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
