@@ -40,28 +40,25 @@ class Vocab:
         self.new: list[dict[str, Any]] = []
         self._ids = {token_id for token_id, _, _ in known}
         self._interned = {(text, raw): token_id for token_id, text, raw in known if token_id < 0}
-        self._by_text: dict[tuple[str, bool], int] = {}
+        self._by_text: dict[bool, dict[str, int]] = {True: {}, False: {}}
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def ids_of(self, tokens: Sequence[TopLogprob], text_bytes: bool) -> list[int]:
         """`text_bytes`: bytes that are left out are those of the text."""
-        known, by_text = self._ids, self._by_text
-        return [
-            (token.id if token.id in known else self._add(token, text_bytes))
-            if token.id is not None
-            else (token.bytes is None and by_text.get((token.token, text_bytes))) or self._add(token, text_bytes)
-            for token in tokens
-        ]
+        if tokens and tokens[0].id is not None:
+            return [t.id if t.id in self._ids else self._add(t, text_bytes) for t in tokens]
+        known = self._by_text[text_bytes].get
+        return [known(t.token) or self._add(t, text_bytes) for t in tokens]
 
     def _add(self, token: TopLogprob, text_bytes: bool) -> int:
         raw = bytes(token.bytes) if token.bytes is not None else token.token.encode() if text_bytes else None
         token_id = token.id
         if token_id is None:
             token_id = self._interned.setdefault((token.token, raw), -len(self._interned) - 1)
-            if token.bytes is None:
-                self._by_text[token.token, text_bytes] = token_id
+            if token.bytes is None and "\ufffd" not in token.token:  # a cut token is many tokens of one text
+                self._by_text[text_bytes][token.token] = token_id
         if token_id not in self._ids:
             self._ids.add(token_id)
             self.new.append({"model": self.model, "token_id": token_id, "text": token.token, "bytes": raw})

@@ -12,8 +12,8 @@ from blackbox_kd.corpus.store import Corpus
 from blackbox_kd.errors import CorpusBusy
 from blackbox_kd.progress import say
 
-BATCH_S = 0.25
-"""Between two ingests; in between, the file is free."""
+BATCH_S = 1.0
+"""Between two ingests; in between, the file is free. Opening and closing it takes as long as hundreds of rows."""
 SEGMENT_BYTES = 1 << 26
 """A journal segment that has grown so large is replaced once all of it is in DuckDB."""
 SAY_HELD_S = 5.0

@@ -53,7 +53,7 @@ class _Message(msgspec.Struct):
     tool_calls: list[Any] | None = None
 
 
-Token = TypeVar("Token", bound=TokenLogprob)
+Token = TypeVar("Token")
 
 
 class _LeanTop(TopLogprob, frozen=True, kw_only=True, omit_defaults=True, gc=False, rename={"bytes": "-"}):
@@ -65,6 +65,16 @@ class _LeanTop(TopLogprob, frozen=True, kw_only=True, omit_defaults=True, gc=Fal
 class _LeanToken(TokenLogprob, frozen=True, kw_only=True, omit_defaults=True, gc=False, rename={"bytes": "-"}):
     bytes: list[int] | None = None
     top_logprobs: list[_LeanTop] = []  # type: ignore[assignment]
+
+
+class _BytesTop(msgspec.Struct, gc=False):
+    """Reads nothing but the bytes, and those not yet as a list."""
+
+    bytes: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class _BytesToken(_BytesTop, gc=False):
+    top_logprobs: list[_BytesTop] = []
 
 
 class _Logprobs(msgspec.Struct, Generic[Token]):
@@ -103,18 +113,23 @@ class _Reply(msgspec.Struct, Generic[Token]):
 
 _whole = msgspec.json.Decoder(_Reply[TokenLogprob])
 _lean = msgspec.json.Decoder(_Reply[_LeanToken])
+_bytes = msgspec.json.Decoder(_Reply[_BytesToken])
 
 CHECKED_REPLIES = 8
 """Replies whose token bytes must be those of the text before they are taken to be so ever after."""
-NOT_THE_TEXT = re.compile(rb"\xef\xbf\xbd|\\ufffd|\\\\x", re.IGNORECASE)
-"""U+FFFD, or a spelt-out `\\xe2`: a token that ends inside a character; its bytes are not those of its text."""
+_CUT = re.compile(rb"\xef\xbf\xbd|\\ufffd|\\\\x", re.IGNORECASE)
+
+
+def is_cut(text: str) -> bool:
+    """Whether a token may end inside a character: it shows U+FFFD, or a byte spelt out as `\\xe2`."""
+    return "\ufffd" in text or "\\x" in text
 
 
 class Decoder:
     """Reads the replies of one endpoint, of each only what is stored.
 
-    The bytes of tokens take half the time, and nearly always they are those of the text. Once they were so in a few
-    replies they are left out (`Completion.text_bytes`), except where a token of the reply may not be a whole text.
+    The bytes of tokens take most of the time, and nearly always they are those of the text. Once they were so in a few
+    replies they are left out (`Completion.text_bytes`), except for tokens that may not be a whole text.
     """
 
     def __init__(self) -> None:
@@ -128,26 +143,53 @@ class Decoder:
             TransientError: no JSON, the wrong shape, or no choice in it.
             TeacherError: an error inside a 200.
         """
-        lean = self._as_text and self._checked >= CHECKED_REPLIES and not NOT_THE_TEXT.search(data)
+        lean = self._as_text and self._checked >= CHECKED_REPLIES
         try:
             reply: _Reply[Any] = (_lean if lean else _whole).decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise _unreadable(f"a 200 that cannot be read ({error}): {data[:80]!r}", data) from error
         if not reply.choices:
             raise _no_choices(reply, data)
-        if not lean and self._as_text:
+        if lean and _CUT.search(data):
+            _add_bytes(reply.choices, _bytes.decode(data).choices or [])
+        elif not lean and self._as_text:
             self._check(reply.choices)
         return _completions(reply, reply.choices, request, author, round_, text_bytes=lean), _usage(reply.usage)
 
     def _check(self, choices: list[_Choice[TokenLogprob]]) -> None:
-        tokens = [t for choice in choices if choice.logprobs for t in choice.logprobs.content or []]
-        shown = [top for token in tokens for top in (token, *token.top_logprobs)]
+        shown = [top for choice in choices for token in _content(choice) for top in (token, *token.top_logprobs)]
         self._checked += bool(shown)
         self._as_text = all(
-            top.bytes is not None and bytes(top.bytes) == top.token.encode()
-            for top in shown
-            if not NOT_THE_TEXT.search(top.token.encode())
+            top.bytes is not None and bytes(top.bytes) == top.token.encode() for top in shown if not is_cut(top.token)
         )
+
+
+def _content(choice: _Choice[Token]) -> list[Token]:
+    return (choice.logprobs.content if choice.logprobs else None) or []
+
+
+def _add_bytes(choices: list[_Choice[Any]], with_bytes: list[_Choice[_BytesToken]]) -> None:
+    """Put the bytes of those tokens back that may not be a whole text."""
+    for choice, other in zip(choices, with_bytes, strict=True):
+        tokens = _content(choice)
+        for i, (token, raw) in enumerate(zip(tokens, _content(other), strict=True)):
+            for j, (top, raw_top) in enumerate(zip(token.top_logprobs, raw.top_logprobs, strict=True)):
+                if is_cut(top.token):
+                    token.top_logprobs[j] = TopLogprob(
+                        token=top.token, logprob=top.logprob, id=top.id, bytes=_read_bytes(raw_top)
+                    )
+            if is_cut(token.token):
+                tokens[i] = TokenLogprob(
+                    token=token.token,
+                    logprob=token.logprob,
+                    id=token.id,
+                    bytes=_read_bytes(raw),
+                    top_logprobs=token.top_logprobs,
+                )
+
+
+def _read_bytes(token: _BytesTop) -> list[int] | None:
+    return msgspec.json.decode(token.bytes, type=list[int] | None)
 
 
 def _no_choices(reply: _Reply[Any], data: bytes) -> TeacherError:
@@ -182,7 +224,7 @@ def _completions(
             served_model=reply.model,
             system_fingerprint=reply.system_fingerprint,
             usage=_usage(reply.usage) if position == 0 else Usage(),
-            logprobs=(choice.logprobs.content if choice.logprobs else None) or None,
+            logprobs=_content(choice) or None,
             text_bytes=text_bytes,
         )
         for position, choice in enumerate(choices)
