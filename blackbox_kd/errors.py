@@ -20,6 +20,8 @@ A bad row is data (`dead_letters`), not an exception that leaves the engine.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class BlackboxKDError(Exception):
     """The root; `exit_code` is what the command line returns."""
@@ -62,6 +64,8 @@ class TeacherError(BlackboxKDError):
         self.retry_after_s = retry_after_s
         self.server_request_id: str | None = None
         """What the provider's support asks for."""
+        self.headers: Mapping[str, str] = {}
+        """Of the reply, in lower case: some say how much is left."""
 
 
 class TeacherRefused(TeacherError):

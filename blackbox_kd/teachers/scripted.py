@@ -63,7 +63,7 @@ class ScriptedTransport:
         self._script = script
         self.bodies: list[dict[str, Any]] = []
 
-    async def send(self, body: dict[str, Any]) -> Reply:
+    async def send(self, body: dict[str, Any], path: str = "chat/completions") -> Reply:
         """A chat completion whose tokens are its words, with made-up but repeatable logprobs."""
         self.bodies.append(body)
         text = self._script(body)

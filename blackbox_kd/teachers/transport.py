@@ -4,40 +4,62 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import httpx
 import msgspec
 
-from blackbox_kd.errors import TeacherRefused, TeacherUnreachable, TransientError
+from blackbox_kd.errors import TeacherError, TeacherRefused, TeacherUnreachable, TransientError
 from blackbox_kd.teachers.base import Reply
 from blackbox_kd.teachers.wire import error_of
 
+if TYPE_CHECKING:  # half a second, and only needed once there is something to ask
+    import openai
+
 
 class FastTransport:
-    """POST {base_url}/chat/completions."""
+    """POST {base_url}/{path}."""
 
-    def __init__(self, session: aiohttp.ClientSession, base_url: str, secrets: Iterable[str] = ()) -> None:
-        """`secrets` are masked in whatever the endpoint sends: some say which key they did not like."""
-        self._session, self._secrets = session, [secret.encode() for secret in secrets if secret]
-        self._url = f"{base_url.rstrip('/')}/chat/completions"
+    def __init__(self, session: aiohttp.ClientSession, base_url: str, secrets: Iterable[str | None] = ()) -> None:
+        self._session, self._mask = session, Mask(secrets)
+        self._url = base_url.rstrip("/")
 
-    async def send(self, body: dict[str, Any]) -> Reply:
+    async def send(self, body: dict[str, Any], path: str = "chat/completions") -> Reply:
         """See `base.Transport`."""
         try:
-            async with self._session.post(self._url, data=msgspec.json.encode(body)) as response:
-                data = await response.read()
-                for secret in self._secrets:
-                    data = data.replace(secret, b"***")
-                request_id = response.headers.get("x-request-id")
-                if response.status != 200:
-                    error = error_of(response.status, data, {k.lower(): v for k, v in response.headers.items()})
-                    error.server_request_id = request_id
-                    raise error
-                return Reply(data, request_id)
+            async with self._session.post(f"{self._url}/{path}", data=msgspec.json.encode(body)) as response:
+                data = self._mask(await response.read())
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise TransientError(f"{type(error).__name__}: {error}".rstrip(": ")) from error
+            raise no_answer(error) from error
+        if response.status != 200:
+            raise failure(response.status, data, response.headers)
+        return Reply(data, response.headers.get("x-request-id"), response.headers)
+
+
+class Mask:
+    """Hides secrets in whatever the endpoint sends: some say which key they did not like."""
+
+    def __init__(self, secrets: Iterable[str | None]) -> None:
+        self._secrets = [secret.encode() for secret in secrets if secret]
+
+    def __call__(self, data: bytes) -> bytes:
+        """The same bytes with *** in the place of each secret."""
+        for secret in self._secrets:
+            data = data.replace(secret, b"***")
+        return data
+
+
+def failure(status: int, data: bytes, headers: Mapping[str, str]) -> TeacherError:
+    """The exception for a (masked) reply that is no 200; `headers` do not care about case."""
+    error = error_of(status, data, headers)
+    error.server_request_id, error.headers = headers.get("x-request-id"), headers
+    return error
+
+
+def no_answer(error: BaseException) -> TransientError:
+    """The exception for a connection that broke or took too long."""
+    return TransientError(f"{type(error).__name__}: {error}".rstrip(": "))
 
 
 @asynccontextmanager
@@ -62,17 +84,12 @@ async def open_fast(
         timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=30),
         trust_env=trust_env,
     ) as session:
-        yield FastTransport(session, base_url, [key or "", *headers.values()])
+        yield FastTransport(session, base_url, [key, *headers.values()])
 
 
 async def check_reachable(base_url: str, key: str | None, headers: Mapping[str, str], *, trust_env: bool) -> None:
-    """Ask for the list of models, through the SDK, before anything is paid.
-
-    Raises:
-        TeacherRefused: the key is not accepted.
-        TeacherUnreachable: nobody answers at this address.
-    """
-    import openai  # half a second, and only needed once there is something to ask
+    """`list_models` with a client of its own."""
+    import openai
 
     async with (
         httpx.AsyncClient(timeout=30, trust_env=trust_env) as http,
@@ -84,12 +101,24 @@ async def check_reachable(base_url: str, key: str | None, headers: Mapping[str, 
             http_client=http,  # type: ignore[arg-type]  # typed for httpx2, takes httpx as well
         ) as client,
     ):
-        try:
-            await client.models.with_raw_response.list()  # raw: its shape does not matter
-        except openai.AuthenticationError as error:
-            raise TeacherRefused(f"{base_url} does not accept the key: HTTP {error.status_code}") from error
-        except openai.APIStatusError:
-            return  # no /models, a key that may ask but not list (403), or a busy endpoint: somebody answers
-        except openai.APIConnectionError as error:
-            cause = error.__cause__ or error
-            raise TeacherUnreachable(f"no teacher answers at {base_url} ({cause}); check teacher.base_url") from error
+        await list_models(client, base_url)
+
+
+async def list_models(client: openai.AsyncOpenAI, base_url: str) -> None:
+    """Ask for the list of models, through the SDK, before anything is paid.
+
+    Raises:
+        TeacherRefused: the key is not accepted.
+        TeacherUnreachable: nobody answers at this address.
+    """
+    import openai
+
+    try:
+        await client.models.with_raw_response.list()  # raw: its shape does not matter
+    except openai.AuthenticationError as error:
+        raise TeacherRefused(f"{base_url} does not accept the key: HTTP {error.status_code}") from error
+    except openai.APIStatusError:
+        return  # no /models, a key that may ask but not list (403), or a busy endpoint: somebody answers
+    except openai.APIConnectionError as error:
+        cause = error.__cause__ or error
+        raise TeacherUnreachable(f"no teacher answers at {base_url} ({cause}); check teacher.base_url") from error
