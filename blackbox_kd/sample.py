@@ -19,7 +19,8 @@ async def run(project: Project) -> dict[str, Any]:
     """Counts by finish_reason."""
     wanted = project.sample_requests()
     finished: dict[str, int] = {}
-    async for completion in project.teacher.complete(wanted, description="sample"):
+    ask = project.teacher.sampler(project.config.sample)
+    async for completion in ask(wanted, description="sample"):
         finished[completion.finish_reason] = finished.get(completion.finish_reason, 0) + 1
     shown = ", ".join(f"{count} {reason}" for reason, count in sorted(finished.items()))
     say(f"sample: {sum(finished.values())} answers to {len(wanted)} questions ({shown or 'none'})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -131,6 +132,31 @@ class Corpus:
             [list(keys)],
         )
         return dict(rows)
+
+    def settled(self, keys: Sequence[str]) -> tuple[set[str], set[str]]:
+        """Of these requests: those that are answered, and those that were given up."""
+        with self.connect() as con:
+            con.execute("CREATE OR REPLACE TEMP TABLE asked AS SELECT unnest(?::UUID[]) AS request_key", [list(keys)])
+            answered, dead = (
+                con.execute(f"SELECT request_key::VARCHAR FROM asked SEMI JOIN {table} USING (request_key)").fetchall()
+                for table in ("completions", "dead_letters")
+            )
+        return {key for (key,) in answered}, {key for (key,) in dead}
+
+    def requests(self, keys: Sequence[str]) -> dict[str, Request]:
+        """Questions to a chat endpoint, as they were asked: request_key -> request."""
+        rows = self.rows(
+            """SELECT purpose, body::VARCHAR, prompt_id::VARCHAR, sample_idx, context_hash::VARCHAR,
+                      completion_id::VARCHAR, cut_byte
+               FROM requests SEMI JOIN (SELECT unnest(?::UUID[]) AS request_key) USING (request_key)""",
+            [list(keys)],
+        )
+        found = [
+            Request(purpose=row[0], body=json.loads(row[1]), prompt_id=row[2], sample_idx=row[3], context_hash=row[4],
+                    completion_id=row[5], cut_byte=row[6])
+            for row in rows
+        ]  # fmt: skip
+        return {request.request_key: request for request in found}
 
     def add_completions(self, completions: Sequence[Completion], *, scorer: str, run_id: str) -> None:
         """Answers that came from no endpoint: the student's own samples, with their token logprobs."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
+from blackbox_kd.config import SampleConfig
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.prompts import PrivateContext
 from blackbox_kd.teachers.base import TeacherConfig
 from blackbox_kd.teachers.engine import Engine
 from blackbox_kd.teachers.wire import chat_body
 from blackbox_kd.types import Completion, Message, Prompt, Purpose, Request, SamplingParams
+
+Ask = Callable[..., AsyncIterator[Completion]]
+"""`complete(requests, description=...)`."""
 
 
 class Teacher:
@@ -18,7 +22,7 @@ class Teacher:
     def __init__(self, config: TeacherConfig, corpus: Corpus, run_id: str, *, draws: int = 1) -> None:
         """`draws`: answers to a prompt that `sample` takes; on-policy draws of the same question go on from there."""
         config.check()
-        self.config, self.corpus, self.draws = config, corpus, draws
+        self.config, self.corpus, self.run_id, self.draws = config, corpus, run_id, draws
         self.context = PrivateContext(config.prompt.template, config.prompt.examples)
         self.engine = Engine(config, corpus, run_id)
 
@@ -60,6 +64,14 @@ class Teacher:
     ) -> AsyncIterator[Completion]:
         """See `Engine.complete`."""
         return self.engine.complete(requests, round_=round_, description=description)
+
+    def sampler(self, config: SampleConfig) -> Ask:
+        """How the stage `sample` asks: one call a question, or many questions a batch."""
+        if not config.batch:
+            return self.complete
+        from blackbox_kd.teachers.batch import Batches  # with the SDK, which takes half a second
+
+        return Batches(self.config, config, self.corpus, self.run_id).complete
 
     async def answers(
         self, requests: Sequence[Request], *, round_: int = 0, description: str = "asking the teacher"
