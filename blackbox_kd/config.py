@@ -49,6 +49,12 @@ class SampleConfig(Section):
     """Tokens."""
     top_logprobs: int | None = Field(20, ge=0)
     """Alternatives a token (hosted APIs allow up to 20); null asks for no logprobs."""
+    batch: bool = False
+    """Ask by the Batch API of the endpoint: for half the price, within a day."""
+    batch_poll_s: float = Field(60.0, gt=0)
+    """Seconds from one look at the open batches to the next."""
+    batch_max_requests: int = Field(50_000, ge=1)
+    """Questions of one batch; a provider's limit, as 200 MB are."""
 
     @property
     def draws(self) -> int:

@@ -174,6 +174,7 @@ class Project:
         """What a checkpoint depends on; more rounds continue the same experiment."""
         config = self.config
         found = config.sections("seed", "student", "sft", "sample")
+        found["sample"] = {key: value for key, value in found["sample"].items() if not key.startswith("batch")}
         found["questions"] = content_id([request.request_key for request in self.sample_requests()])
         if checkpoint != "sft":
             found |= config.sections("onpolicy")

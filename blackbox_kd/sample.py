@@ -27,9 +27,8 @@ async def run(project: Project) -> dict[str, Any]:
     wanted = project.prompts.count("train", config.max_prompts) * config.draws
     finished: dict[str, int] = {}
     cached = engine.cached
-    async for completion in project.teacher.complete(
-        questions(project), total=wanted, known=False, description="sample"
-    ):
+    ask = project.teacher.sampler(config)
+    async for completion in ask(questions(project), total=wanted, known=False, description="sample"):
         finished[completion.finish_reason] = finished.get(completion.finish_reason, 0) + 1
     cached = engine.cached - cached
     shown = ", ".join(f"{count} {reason}" for reason, count in sorted(finished.items()))

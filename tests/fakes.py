@@ -98,6 +98,10 @@ class FakeAPI:
         """The last message of each question."""
         return [str(body["messages"][-1]["content"]) for body in self.bodies]
 
+    def add_routes(self, router: web.UrlDispatcher) -> None:
+        router.add_get("/v1/models", self.models)
+        router.add_post("/v1/chat/completions", self.chat)
+
     def _allowed(self, request: web.Request) -> bool:
         return self.key is None or request.headers.get("authorization") == f"Bearer {self.key}"
 
@@ -132,8 +136,7 @@ class FakeAPI:
 async def serving(api: FakeAPI) -> AsyncIterator[FakeAPI]:
     """The fake on a free loopback port; `api.url` is its base URL."""
     app = web.Application()
-    app.router.add_get("/v1/models", api.models)
-    app.router.add_post("/v1/chat/completions", api.chat)
+    api.add_routes(app.router)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

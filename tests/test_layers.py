@@ -75,7 +75,10 @@ def raw_imports(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("module", ["sample", "project", "sql", "status", "export", "serve", "algorithms"])
+MODULES = ["sample", "project", "sql", "status", "export", "serve", "algorithms", "teachers.batch"]
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_collecting_imports_no_torch(module: str) -> None:
     code = f"import sys, blackbox_kd.{module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -48,7 +48,7 @@ class Vocab:
     def ids_of(self, tokens: Sequence[TopLogprob], text_bytes: bool) -> list[int]:
         """`text_bytes`: bytes that are left out are those of the text."""
         if tokens and tokens[0].id is not None:
-            return [t.id if t.id in self._ids else self._add(t, text_bytes) for t in tokens]
+            return [t.id if t.id is not None and t.id in self._ids else self._add(t, text_bytes) for t in tokens]
         known = self._by_text[text_bytes].get
         return [known(t.token) or self._add(t, text_bytes) for t in tokens]
 

@@ -138,6 +138,21 @@ class Corpus:
             )
         return {key for (key,) in answered}, {key for (key,) in dead}
 
+    def requests(self, keys: Sequence[str]) -> dict[str, Request]:
+        """Questions to a chat endpoint, as they were asked: request_key -> request."""
+        rows = self.rows(
+            """SELECT purpose, body::VARCHAR, prompt_id::VARCHAR, sample_idx, context_hash::VARCHAR,
+                      completion_id::VARCHAR, cut_byte
+               FROM requests SEMI JOIN (SELECT unnest(?::UUID[]) AS request_key) USING (request_key)""",
+            [list(keys)],
+        )
+        found = [
+            Request(purpose=row[0], body=json.loads(row[1]), prompt_id=row[2], sample_idx=row[3], context_hash=row[4],
+                    completion_id=row[5], cut_byte=row[6])
+            for row in rows
+        ]  # fmt: skip
+        return {request.request_key: request for request in found}
+
     def add_completions(self, completions: Sequence[Completion], *, scorer: str, run_id: str) -> None:
         """Answers that came from no endpoint: the student's own samples, with their token logprobs."""
         now = time.time()

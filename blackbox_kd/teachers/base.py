@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pydantic import Field
 
 from blackbox_kd.config import Section
 from blackbox_kd.errors import ConfigError
 from blackbox_kd.types import Usage
+
+if TYPE_CHECKING:  # importing the SDK takes half a second
+    from blackbox_kd.teachers.sdk import SdkTransport
 
 
 class Reply(NamedTuple):
@@ -22,14 +25,14 @@ class Reply(NamedTuple):
     server_request_id: str | None = None
     """Its `x-request-id`."""
     headers: Mapping[str, str] = {}
-    """In lower case."""
+    """Looked up in lower case; some say how much is left."""
 
 
 class Transport(Protocol):
     """Sends one body, once. Retrying, pacing and storing are the engine's."""
 
     async def send(self, body: dict[str, Any], path: str = "chat/completions") -> Reply:
-        """The reply, where it is a 200. `path` is below the base URL.
+        """The reply, where it is a 200; `path` is below the base URL.
 
         Raises:
             TeacherError: by status, see `teachers.wire.error_of`.
@@ -53,6 +56,8 @@ class PriceConfig(Section):
     cached_input: float | None = Field(None, ge=0)
     """None: as `input`."""
     output: float = Field(ge=0)
+    batch_factor: float = Field(0.5, ge=0)
+    """What the Batch API asks, as a share of these."""
 
     def cost(self, usage: Usage) -> float:
         """Dollars for one answer."""
@@ -95,6 +100,14 @@ class TeacherConfig(Section):
     def connect(self) -> AbstractAsyncContextManager[Transport]:
         """A transport that works, closed at the end of the block."""
         raise NotImplementedError
+
+    def open_sdk(self) -> AbstractAsyncContextManager[SdkTransport]:
+        """The OpenAI SDK, for files and batches.
+
+        Raises:
+            ConfigError: the provider has no Batch API.
+        """
+        raise ConfigError(f"sample.batch: the provider of {self.model!r} has no Batch API; set sample.batch to false")
 
     def check(self) -> None:
         """Raise ConfigError for what can be known to be wrong without asking anybody."""

@@ -136,13 +136,31 @@ class Budget:
         worst = self.amount(worst_case(body))
         while not stopped() and (over := self._over(self.spent + self.reserved + worst)):
             if not self.reserved.requests:
-                raise BudgetExhausted(f"stopped at the budget: {over} ({self.line()}); a higher cap goes on from here")
+                raise self._exhausted(over)
             self._settled.clear()
             await self._settled.wait()
         if stopped():
             raise Stopped
         self.reserved += worst
         return worst
+
+    def take(self, body: dict[str, Any], price_factor: float) -> None:
+        """Set the worst case of a question of a batch aside, for good.
+
+        Raises:
+            BudgetExhausted: it does not fit.
+            ConfigError: see `worst_case`.
+        """
+        if not self.caps.any:
+            return
+        worst = self.amount(worst_case(body))
+        worst = Amount(worst.usd * price_factor, worst.tokens, worst.requests)
+        if over := self._over(self.spent + self.reserved + worst):
+            raise self._exhausted(over)
+        self.reserved += worst
+
+    def _exhausted(self, over: str) -> BudgetExhausted:
+        return BudgetExhausted(f"stopped at the budget: {over} ({self.line()}); a higher cap goes on from here")
 
     def free(self, reserved: Amount) -> None:
         """The call did not leave."""

@@ -156,11 +156,15 @@ class Engine:
         work.looked_up(len(chunk), len(answered), len(dead), len(todo))
         return todo
 
+    async def count_history(self) -> None:
+        """What earlier starts of this run were billed counts against its caps."""
+        if self.budget.caps.any:
+            self.budget.count_history(await asyncio.to_thread(self._corpus.billed, self._run_id))
+
     async def _connect(self) -> None:
         async with self._connecting:
             if self.caller.transport is None:
-                if self.budget.caps.any:
-                    self.budget.count_history(await asyncio.to_thread(self._corpus.billed, self._run_id))
+                await self.count_history()
                 self.caller.transport = await self._stack.enter_async_context(self._config.connect())
         if len(self._open) <= 1:
             self.caller.limiter.begin()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from blackbox_kd.errors import ConfigError
 from blackbox_kd.teachers.base import TeacherConfig, Transport, api_key
 from blackbox_kd.teachers.transport import open_fast
+
+if TYPE_CHECKING:  # importing the SDK takes half a second
+    from blackbox_kd.teachers.sdk import SdkTransport
 
 
 class OpenAITeacherConfig(TeacherConfig):
@@ -25,6 +29,12 @@ class OpenAITeacherConfig(TeacherConfig):
     """Most requests in flight at once; the limiter starts with a few and finds out how many are worth it."""
     extra_headers: dict[str, str] = {}
     """Sent with every request, never part of its key. `$NAME` in a value is that environment variable (for keys)."""
+    transport: Literal["fast", "openai"] = "fast"
+    """`openai`: through the OpenAI SDK, for endpoints that need one of its clients; it costs many times the CPU."""
+    client: str = "AsyncOpenAI"
+    """Of the SDK: AsyncAzureOpenAI, AsyncBedrockOpenAI, ..., or `module:Class`."""
+    client_options: dict[str, Any] = {}
+    """Of that client (azure_endpoint, api_version, aws_region, ...); `$NAME` as in extra_headers."""
 
     @property
     def url(self) -> str:
@@ -37,21 +47,25 @@ class OpenAITeacherConfig(TeacherConfig):
         Raises:
             ConfigError: a variable that is not set.
         """
-        found = {name: os.path.expandvars(value) for name, value in self.extra_headers.items()}
-        for name, value in found.items():
-            if value.startswith("$"):
-                raise ConfigError(f"teacher.extra_headers.{name}: environment variable {value[1:]} is not set")
-        return found
+        return _expanded(self.extra_headers, "extra_headers")
 
     def check(self) -> None:
         """The key is there and the address is one."""
         api_key(self.api_key_env)
         self.headers()
+        _expanded(self.client_options, "client_options")
+        if self.transport != "fast":
+            from blackbox_kd.teachers.sdk import client_class
+
+            client_class(self.client)
         if not self.url.startswith(("http://", "https://")):
             raise ConfigError(f"teacher.base_url must start with http:// or https://, it is {self.url!r}")
 
     def connect(self) -> AbstractAsyncContextManager[Transport]:
-        """The fast transport."""
+        """The transport that the config names."""
+        return {"fast": self._open_fast, "openai": self.open_sdk}[self.transport]()
+
+    def _open_fast(self) -> AbstractAsyncContextManager[Transport]:
         return open_fast(
             self.url,
             api_key(self.api_key_env),
@@ -59,3 +73,38 @@ class OpenAITeacherConfig(TeacherConfig):
             concurrency=self.concurrency,
             timeout_s=self.timeout_s,
         )
+
+    def open_sdk(self) -> AbstractAsyncContextManager[SdkTransport]:
+        """The SDK's client; without `api_key_env` one with options looks for a key where it always does."""
+        from blackbox_kd.teachers.sdk import open_sdk
+
+        key, headers = api_key(self.api_key_env), self.headers()
+        options = _expanded(self.client_options, "client_options")
+        credentials = {"api_key": key or "none"} if key or not options else {}
+        address = {"base_url": self.base_url} if self.base_url else {}
+        return open_sdk(
+            self.client,
+            {**credentials, **address, **options},
+            headers=headers,
+            secrets=[key, *headers.values(), *_secrets(self.client_options, options)],
+            concurrency=self.concurrency,
+            timeout_s=self.timeout_s,
+        )
+
+
+def _expanded(values: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """Texts with the environment's values in them.
+
+    Raises:
+        ConfigError: a variable that is not set.
+    """
+    found = {name: os.path.expandvars(value) if isinstance(value, str) else value for name, value in values.items()}
+    for name, value in found.items():
+        if isinstance(value, str) and value.startswith("$"):
+            raise ConfigError(f"teacher.{section}.{name}: environment variable {value[1:]} is not set")
+    return found
+
+
+def _secrets(written: Mapping[str, Any], expanded: Mapping[str, Any]) -> list[str]:
+    """What the environment put into the options."""
+    return [expanded[name] for name in written if expanded[name] != written[name]]

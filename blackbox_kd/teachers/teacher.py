@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
+from blackbox_kd.config import SampleConfig
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.prompts import PrivateContext
 from blackbox_kd.teachers.base import TeacherConfig
@@ -11,6 +12,9 @@ from blackbox_kd.teachers.budget import BudgetConfig
 from blackbox_kd.teachers.engine import Engine
 from blackbox_kd.teachers.wire import chat_body
 from blackbox_kd.types import Completion, Message, Prompt, Purpose, Request, SamplingParams
+
+Ask = Callable[..., AsyncIterator[Completion]]
+"""`complete(requests, description=...)`."""
 
 
 class Teacher:
@@ -21,7 +25,7 @@ class Teacher:
     ) -> None:
         """`draws`: answers to a prompt that `sample` takes; on-policy draws of the same question go on from there."""
         config.check()
-        self.config, self.corpus, self.draws = config, corpus, draws
+        self.config, self.corpus, self.run_id, self.draws = config, corpus, run_id, draws
         self.context = PrivateContext(config.prompt.template, config.prompt.examples)
         self.engine = Engine(config, corpus, run_id, caps=caps)
 
@@ -69,6 +73,14 @@ class Teacher:
     ) -> AsyncIterator[Completion]:
         """See `Engine.complete`."""
         return self.engine.complete(requests, total=total, round_=round_, known=known, description=description)
+
+    def sampler(self, config: SampleConfig) -> Ask:
+        """How the stage `sample` asks: one call a question, or many questions a batch."""
+        if not config.batch:
+            return self.complete
+        from blackbox_kd.teachers.batch import Batches  # with the SDK, which takes half a second
+
+        return Batches(self.config, config, self.corpus, self.run_id, self.engine).complete
 
     async def answers(
         self, requests: Sequence[Request], *, round_: int = 0, description: str = "asking the teacher"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import httpx
@@ -14,28 +14,45 @@ from blackbox_kd.errors import TeacherRefused, TeacherUnreachable, TransientErro
 from blackbox_kd.teachers.base import Reply
 from blackbox_kd.teachers.wire import error_of
 
+if TYPE_CHECKING:  # half a second, and only needed once there is something to ask
+    import openai
+
 
 class FastTransport:
     """POST {base_url}/{path}."""
 
-    def __init__(self, session: aiohttp.ClientSession, base_url: str, secrets: Iterable[str] = ()) -> None:
-        """`secrets` are masked in whatever the endpoint sends: some say which key they did not like."""
-        self._session, self._secrets = session, [secret.encode() for secret in secrets if secret]
-        self._base_url = base_url.rstrip("/")
+    def __init__(self, session: aiohttp.ClientSession, base_url: str, secrets: Iterable[str | None] = ()) -> None:
+        self._session, self._mask = session, Mask(secrets)
+        self._url = base_url.rstrip("/")
 
     async def send(self, body: dict[str, Any], path: str = "chat/completions") -> Reply:
         """See `base.Transport`."""
         try:
-            async with self._session.post(f"{self._base_url}/{path}", data=msgspec.json.encode(body)) as response:
-                data = await response.read()
-                for secret in self._secrets:
-                    data = data.replace(secret, b"***")
-                headers = {k.lower(): v for k, v in response.headers.items()}
-                if response.status != 200:
-                    raise error_of(response.status, data, headers)
-                return Reply(data, headers.get("x-request-id"), headers)
+            async with self._session.post(f"{self._url}/{path}", data=msgspec.json.encode(body)) as response:
+                data = self._mask(await response.read())
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise TransientError(f"{type(error).__name__}: {error}".rstrip(": ")) from error
+            raise no_answer(error) from error
+        if response.status != 200:
+            raise error_of(response.status, data, response.headers)
+        return Reply(data, response.headers.get("x-request-id"), response.headers)
+
+
+class Mask:
+    """Hides secrets in whatever the endpoint sends: some say which key they did not like."""
+
+    def __init__(self, secrets: Iterable[str | None]) -> None:
+        self._secrets = [secret.encode() for secret in secrets if secret]
+
+    def __call__(self, data: bytes) -> bytes:
+        """The same bytes with *** in the place of each secret."""
+        for secret in self._secrets:
+            data = data.replace(secret, b"***")
+        return data
+
+
+def no_answer(error: BaseException) -> TransientError:
+    """The exception for a connection that broke or took too long."""
+    return TransientError(f"{type(error).__name__}: {error}".rstrip(": "))
 
 
 @asynccontextmanager
@@ -60,17 +77,12 @@ async def open_fast(
         timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=30),
         trust_env=trust_env,
     ) as session:
-        yield FastTransport(session, base_url, [key or "", *headers.values()])
+        yield FastTransport(session, base_url, [key, *headers.values()])
 
 
 async def check_reachable(base_url: str, key: str | None, headers: Mapping[str, str], *, trust_env: bool) -> None:
-    """Ask for the list of models, through the SDK, before anything is paid.
-
-    Raises:
-        TeacherRefused: the key is not accepted.
-        TeacherUnreachable: nobody answers at this address.
-    """
-    import openai  # half a second, and only needed once there is something to ask
+    """`list_models` with a client of its own."""
+    import openai
 
     async with (
         httpx.AsyncClient(timeout=30, trust_env=trust_env) as http,
@@ -82,12 +94,24 @@ async def check_reachable(base_url: str, key: str | None, headers: Mapping[str, 
             http_client=http,  # type: ignore[arg-type]  # typed for httpx2, takes httpx as well
         ) as client,
     ):
-        try:
-            await client.models.with_raw_response.list()  # raw: its shape does not matter
-        except openai.AuthenticationError as error:
-            raise TeacherRefused(f"{base_url} does not accept the key: HTTP {error.status_code}") from error
-        except openai.APIStatusError:
-            return  # no /models, a key that may ask but not list (403), or a busy endpoint: somebody answers
-        except openai.APIConnectionError as error:
-            cause = error.__cause__ or error
-            raise TeacherUnreachable(f"no teacher answers at {base_url} ({cause}); check teacher.base_url") from error
+        await list_models(client, base_url)
+
+
+async def list_models(client: openai.AsyncOpenAI, base_url: str) -> None:
+    """Ask for the list of models, through the SDK, before anything is paid.
+
+    Raises:
+        TeacherRefused: the key is not accepted.
+        TeacherUnreachable: nobody answers at this address.
+    """
+    import openai
+
+    try:
+        await client.models.with_raw_response.list()  # raw: its shape does not matter
+    except openai.AuthenticationError as error:
+        raise TeacherRefused(f"{base_url} does not accept the key: HTTP {error.status_code}") from error
+    except openai.APIStatusError:
+        return  # no /models, a key that may ask but not list (403), or a busy endpoint: somebody answers
+    except openai.APIConnectionError as error:
+        cause = error.__cause__ or error
+        raise TeacherUnreachable(f"no teacher answers at {base_url} ({cause}); check teacher.base_url") from error

@@ -1,0 +1,71 @@
+"""What came of a stage's batches, counted and said."""
+
+from __future__ import annotations
+
+import openai.types
+
+from blackbox_kd.corpus.journal import Answered
+from blackbox_kd.errors import TeacherRefused, TeacherUnreachable
+from blackbox_kd.progress import say
+from blackbox_kd.teachers.batch.ledger import Batch
+from blackbox_kd.types import Request
+
+SHOWN = 3
+"""Of a kind of surprise, in each batch."""
+
+
+class Tally:
+    """One for all batches that are waited for."""
+
+    def __init__(self) -> None:
+        self.answered = self.rejected = self.pending = self.odd = 0
+        self.last_failure = ""
+        self.failed: list[str] = []
+        self.missing_logprobs = False
+
+    def count(self, record: Answered, request: Request) -> None:
+        """One line."""
+        self.answered += bool(record.completions)
+        self.rejected += record.dead_letter
+        self.last_failure = record.attempt.error or self.last_failure
+        bare = any(c.text and not c.logprobs for c in record.completions)
+        if request.body.get("logprobs") and bare and not self.missing_logprobs:
+            self.missing_logprobs = True
+            say(f"{request.model} was asked for logprobs and gave none; the text is kept, soft labels will lack")
+
+    def surprise(self, batch: Batch, what: str) -> None:
+        """A line that belongs to no question, or to one that has its answer; it is shown and left out."""
+        self.odd += 1
+        if self.odd <= SHOWN:
+            say(f"batch {batch.batch_id}: left out {what}")
+
+    def end(self, batch: Batch, state: openai.types.Batch, before: tuple[int, int]) -> None:
+        """A batch is read; `before`: how many were answered and rejected then."""
+        new, dead = self.answered - before[0], self.rejected - before[1]
+        left = len(batch.keys) - new - dead
+        self.pending += left
+        line = f"batch {batch.batch_id}: {state.status}, {new} answers"
+        line += f", {dead} dead letters" if dead else ""
+        say(line + (f", {left} stay pending ({self.last_failure or 'no answer'}); run again" if left else ""))
+        if state.status == "failed":
+            found = (state.errors.data if state.errors else None) or []
+            said = "; ".join(filter(None, (error.message or error.code for error in found[:SHOWN])))
+            self.failed.append(f"batch {batch.batch_id} failed: {said or 'the provider does not say why'}")
+
+    def conclude(self) -> None:
+        """The end of the stage.
+
+        Raises:
+            TeacherRefused: a batch as a whole or every question was not accepted.
+            TeacherUnreachable: there are questions, and not one answer.
+        """
+        if self.odd > SHOWN:
+            say(f"{self.odd} lines in all were left out")
+        if self.failed:
+            raise TeacherRefused(f"{self.failed[0]}; its questions stay pending")
+        if not self.answered and self.pending:
+            raise TeacherUnreachable(
+                f"none of {self.pending + self.rejected} questions was answered: {self.last_failure}"
+            )
+        if not self.answered and self.rejected:
+            raise TeacherRefused(f"all {self.rejected} requests were rejected, the last with: {self.last_failure}")
