@@ -19,6 +19,7 @@ from blackbox_kd.teachers.batch import Batches
 from blackbox_kd.teachers.batch.ledger import Ledger
 from blackbox_kd.teachers.batch.lines import question_line
 from blackbox_kd.teachers.batch.submit import Packer
+from blackbox_kd.teachers.budget import BudgetConfig
 from blackbox_kd.teachers.engine import Engine
 from blackbox_kd.teachers.openai import OpenAITeacherConfig
 from blackbox_kd.teachers.scripted import ScriptedTeacherConfig

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import tenacity
@@ -29,6 +30,28 @@ DETAIL_CHARS = 4000
 """Of a reply that cannot be read: it may have been paid for."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Asking:
+    """What a call is about."""
+
+    request: Request
+    work: Work
+    writer: Writer
+    read: Read
+    bury: bool
+
+
+@dataclass(slots=True)
+class _Done:
+    """What came of it."""
+
+    reply: Reply = field(default_factory=lambda: Reply(b""))
+    completions: list[Completion] = field(default_factory=list)
+    failure: BaseException | None = None
+    outcome: dict[str, Any] = field(default_factory=dict)
+    """Fields of its `Attempt`."""
+
+
 class Caller:
     """Everything between a request and its outcome; one for each engine."""
 
@@ -47,7 +70,21 @@ class Caller:
 
     async def call(self, request: Request, work: Work, writer: Writer, read: Read, *, bury: bool) -> list[Completion]:
         """One request until it is answered, rejected (a dead letter, if `bury`), or has failed too often."""
+        asking = _Asking(request, work, writer, read, bury)
+        try:
+            return await self._call_once(asking)
+        except (TransientError, RateLimited) as error:
+            return await self._call_again(asking, error)
+
+    async def _call_again(self, asking: _Asking, first: TeacherError) -> list[Completion]:
+        """After a failure: tenacity costs as much as a tenth of a call, and most calls need it not."""
+        failures: list[TeacherError] = [first]
         transient = 0
+
+        async def attempt() -> list[Completion]:
+            if failures:
+                raise failures.pop()
+            return await self._call_once(asking)
 
         def spent(state: tenacity.RetryCallState) -> bool:
             nonlocal transient
@@ -58,57 +95,61 @@ class Caller:
             retry=tenacity.retry_if_exception_type((TransientError, RateLimited)),
             stop=spent,
             wait=_wait_s,
-            sleep=work.sleep,
+            sleep=asking.work.sleep,
             reraise=True,
         )
-        return await retrying(self._call_once, request, work, writer, read, bury)
+        return await retrying(attempt)
 
-    async def _call_once(
-        self, request: Request, work: Work, writer: Writer, read: Read, bury: bool
-    ) -> list[Completion]:
-        reserved = await self._budget.reserve(request.body, work.is_stopped)
-        bound = prompt_bound(request.body) + completion_bound(request.body) if self.limiter.tokens.rate else 0
+    async def _call_once(self, asking: _Asking) -> list[Completion]:
+        body, stopped = asking.request.body, asking.work.is_stopped
+        reserved = await self._budget.reserve(body, stopped)
+        bound = prompt_bound(body) + completion_bound(body) if self.limiter.tokens.rate else 0
         try:
-            permit = await self.limiter.admit(bound * self._share, work.is_stopped)
+            permit = await self.limiter.admit(bound * self._share, stopped)
         except BaseException:
             self._budget.free(reserved)
             raise
         call: dict[str, Any] = {
             "attempt_id": str(uuid.uuid4()),
-            "request_key": request.request_key,
+            "request_key": asking.request.request_key,
             "run_id": self._run_id,
             "attempted_at": time.time(),
         }
-        clock, completions, failure = time.monotonic(), list[Completion](), None
-        outcome: dict[str, Any] = {}
-        try:
-            writer.submit(Sent(**call))
-            reply = await self._send(request)
-            outcome = {"status": 200, "billed": True, "server_request_id": reply.server_request_id}
-            completions, usage = read(reply)
-            outcome |= {"usage": usage, "cost_usd": self._cost(usage)}
-        except BaseException as error:
-            failure = error
-            outcome |= _failed(error)
-        attempt = Attempt(**call, latency_s=time.monotonic() - clock, **outcome)
+        clock = time.monotonic()
+        done = await self._send(call, asking)
+        attempt = Attempt(**call, latency_s=time.monotonic() - clock, **done.outcome)
         self._budget.settle(reserved, attempt)
         try:
-            self._learn(permit, bound, attempt, failure or reply)
+            self._learn(permit, bound, attempt, done)
         finally:  # whatever is to be raised, this call is kept
-            dead = bury and isinstance(failure, RequestRejected) and not self._is_misdirected(failure)
-            by = scorer(request.model, request.context_hash)
-            writer.submit(Answered(attempt=attempt, completions=completions, scorer=by, dead_letter=dead))
-        if failure is not None:
-            raise self._misdirected(failure) if bury and self._is_misdirected(failure) else failure
+            self._keep(asking, attempt, done)
+        if done.failure is not None:
+            raise self._misdirected(done.failure) if asking.bury and self._is_misdirected(done) else done.failure
         self.answered += 1
-        return completions
+        return done.completions
 
-    async def _send(self, request: Request) -> Reply:
+    async def _send(self, call: dict[str, Any], asking: _Asking) -> _Done:
+        """The call itself; what goes wrong is part of the result."""
         assert self.transport is not None
-        return await self.transport.send(request.body, PATHS[request.endpoint])
+        done = _Done()
+        try:
+            asking.writer.submit(Sent(**call))
+            done.reply = await self.transport.send(asking.request.body, PATHS[asking.request.endpoint])
+            done.outcome = {"status": 200, "billed": True, "server_request_id": done.reply.server_request_id}
+            done.completions, usage = asking.read(done.reply)
+            done.outcome |= {"usage": usage, "cost_usd": self._cost(usage)}
+        except BaseException as error:
+            done.failure = error
+            done.outcome |= _failed(error)
+        return done
 
-    def _is_misdirected(self, failure: BaseException) -> bool:
-        return isinstance(failure, TeacherError) and failure.status in (404, 405) and not self.answered
+    def _keep(self, asking: _Asking, attempt: Attempt, done: _Done) -> None:
+        dead = asking.bury and isinstance(done.failure, RequestRejected) and not self._is_misdirected(done)
+        by = scorer(asking.request.model, asking.request.context_hash)
+        asking.writer.submit(Answered(attempt=attempt, completions=done.completions, scorer=by, dead_letter=dead))
+
+    def _is_misdirected(self, done: _Done) -> bool:
+        return isinstance(done.failure, TeacherError) and done.failure.status in (404, 405) and not self.answered
 
     def _misdirected(self, failure: BaseException) -> TeacherRefused:
         """A wrong address or model; else every request would become a dead letter."""
@@ -118,28 +159,29 @@ class Caller:
         """None where the price is not known, or the reply does not say how much was used."""
         return self._budget.price.cost(usage) if self._budget.price and usage != Usage() else None
 
-    def _learn(self, permit: Permit, bound: int, attempt: Attempt, outcome: Reply | BaseException) -> None:
+    def _learn(self, permit: Permit, bound: int, attempt: Attempt, done: _Done) -> None:
         """What this call says about how fast the endpoint may be asked.
 
         Raises:
             TeacherUnreachable: nothing has got through for too long.
         """
         used = attempt.usage.prompt_tokens + attempt.usage.completion_tokens
-        if isinstance(outcome, Reply):
+        failure = done.failure
+        if failure is None:
             if used and bound:
                 self._share += 0.1 * (used / bound - self._share)
-            self.limiter.succeeded(permit, used, outcome.headers)
+            self.limiter.succeeded(permit, used, done.reply.headers)
             return
-        self.last_error = str(outcome)
-        if isinstance(outcome, RateLimited):
+        self.last_error = str(failure)
+        if isinstance(failure, RateLimited):
             before = self.limiter.pause_s
-            self.limiter.limited(permit, outcome)
+            self.limiter.limited(permit, failure)
             if self.limiter.pause_s > max(SAY_WAIT_S, before + SAY_WAIT_S):
                 say(f"rate limit: the teacher wants a pause of {self.limiter.pause_s:.0f} s")
-        elif isinstance(outcome, RequestRejected):  # it answers, and at once
-            self.limiter.succeeded(permit, 0, outcome.headers)
+        elif isinstance(failure, RequestRejected):  # it answers, and at once
+            self.limiter.succeeded(permit, 0, failure.headers)
         else:
-            self.limiter.failed(permit, isinstance(outcome, TransientError))
+            self.limiter.failed(permit, isinstance(failure, TransientError))
 
 
 def _error_of(state: tenacity.RetryCallState) -> BaseException | None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import httpx
 import msgspec
+from aiohttp.helpers import get_env_proxy_for_url
+from yarl import URL
 
 from blackbox_kd.errors import TeacherRefused, TeacherUnreachable, TransientError
 from blackbox_kd.teachers.base import Reply
@@ -70,14 +72,24 @@ async def open_fast(
     `trust_env` honours the proxy and CA variables of the environment.
     """
     await check_reachable(base_url, key, headers, trust_env=trust_env)
+    proxy, proxy_auth = _proxy(base_url) if trust_env else (None, None)
     sent = {"content-type": "application/json", **headers} | ({"authorization": f"Bearer {key}"} if key else {})
     async with aiohttp.ClientSession(
         headers=sent,
         connector=aiohttp.TCPConnector(limit=concurrency),
         timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=30),
-        trust_env=trust_env,
+        proxy=proxy,
+        proxy_auth=proxy_auth,
     ) as session:
         yield FastTransport(session, base_url, [key, *headers.values()])
+
+
+def _proxy(base_url: str) -> tuple[URL | None, aiohttp.BasicAuth | None]:
+    """The environment's proxy for this address, found once: aiohttp's `trust_env` asks two threads a request."""
+    try:
+        return get_env_proxy_for_url(URL(base_url))
+    except LookupError:
+        return None, None
 
 
 async def check_reachable(base_url: str, key: str | None, headers: Mapping[str, str], *, trust_env: bool) -> None:
