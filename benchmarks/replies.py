@@ -12,8 +12,10 @@ from typing import Any
 
 TEXTS = Path(__file__).parent.parent / "data" / "action_items" / "train.jsonl"
 FOREIGN = "éüßñ“”…€✓漢字日本語한국Ж🙂🚀👍🎉"
-FOREIGN_SHARE = 0.03
-"""Of the tokens: byte-level tokenizers cut rare letters into pieces that are no UTF-8, shown as U+FFFD."""
+FOREIGN_SHARE = 0.001
+"""Of the tokens: byte-level tokenizers cut rare letters into pieces that are no UTF-8, shown as U+FFFD.
+
+The quickstart's teacher shows 0.00012 such tokens in its top-20 (4 in 33,320), in 3 of 108 replies."""
 CANDIDATES = 64
 """Tokens that have any probability at a position."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import email.utils
 import math
-import re
 import time
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
@@ -117,7 +116,8 @@ _bytes = msgspec.json.Decoder(_Reply[_BytesToken])
 
 CHECKED_REPLIES = 8
 """Replies whose token bytes must be those of the text before they are taken to be so ever after."""
-_CUT = re.compile(rb"\xef\xbf\xbd|\\ufffd|\\\\x", re.IGNORECASE)
+_CUT = (b"\xef\xbf\xbd", b"\\ufffd", b"\\uFFFD", b"\\\\x")
+"""What a reply has in it if `is_cut` is true of one of its tokens."""
 
 
 def is_cut(text: str) -> bool:
@@ -150,7 +150,7 @@ class Decoder:
             raise _unreadable(f"a 200 that cannot be read ({error}): {data[:80]!r}", data) from error
         if not reply.choices:
             raise _no_choices(reply, data)
-        if lean and _CUT.search(data):
+        if lean and any(mark in data for mark in _CUT):
             _add_bytes(reply.choices, _bytes.decode(data).choices or [])
         elif not lean and self._as_text:
             self._check(reply.choices)
