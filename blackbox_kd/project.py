@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import reduce
 from operator import or_
@@ -40,7 +40,7 @@ from blackbox_kd.prompts import load_prompts
 from blackbox_kd.run_dir import RunDir
 from blackbox_kd.teachers import providers
 from blackbox_kd.teachers.base import TeacherConfig
-from blackbox_kd.teachers.teacher import Teacher
+from blackbox_kd.teachers.teacher import Questions, Teacher
 from blackbox_kd.types import Prompt, Request, SamplingParams, Split
 
 INTERRUPTED = 130
@@ -112,6 +112,13 @@ class Config(Section):
         return {name: dumped[name] for name in names}
 
 
+def sample_questions(config: SampleConfig, teacher: Questions, prompts: Iterable[Prompt]) -> Iterator[Request]:
+    """One for each draw of each prompt."""
+    for prompt in prompts:
+        for draw in range(config.n if config.temperature > 0 else 1):
+            yield teacher.request(prompt, "sample", config.sampling, sample_idx=draw)
+
+
 class Project:
     """Everything that a stage works with, opened once; use as a context manager."""
 
@@ -152,12 +159,7 @@ class Project:
 
     def sample_requests(self) -> list[Request]:
         """The questions of the sequence-level stage: one for each draw of each sampled train prompt."""
-        config = self.config.sample
-        return [
-            self.teacher.request(prompt, "sample", config.sampling, sample_idx=draw)
-            for prompt in self.sampled_prompts
-            for draw in range(config.n if config.temperature > 0 else 1)
-        ]
+        return list(sample_questions(self.config.sample, self.teacher, self.sampled_prompts))
 
     def training_rows(self) -> list[tuple[Prompt, str, str]]:
         """(prompt, completion_id, answer): whole answers to exactly those questions, by completion_id."""

@@ -12,21 +12,13 @@ from blackbox_kd.teachers.wire import chat_body
 from blackbox_kd.types import Completion, Message, Prompt, Purpose, Request, SamplingParams
 
 
-class Teacher:
-    """One endpoint with its private prompt; an async context manager (a local server ends with it)."""
+class Questions:
+    """Turns prompts into requests, as this teacher with its private prompt is asked; it asks nobody."""
 
-    def __init__(self, config: TeacherConfig, corpus: Corpus, run_id: str, *, draws: int = 1) -> None:
+    def __init__(self, config: TeacherConfig, *, draws: int = 1) -> None:
         """`draws`: answers to a prompt that `sample` takes; on-policy draws of the same question go on from there."""
-        config.check()
-        self.config, self.corpus, self.draws = config, corpus, draws
+        self.config, self.draws = config, draws
         self.context = PrivateContext(config.prompt.template, config.prompt.examples)
-        self.engine = Engine(config, corpus, run_id)
-
-    async def __aenter__(self) -> Teacher:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self.engine.__aexit__(*exc)
 
     def request(
         self,
@@ -54,6 +46,22 @@ class Teacher:
             context_hash=context.context_hash,
             completion_id=completion_id,
         )
+
+
+class Teacher(Questions):
+    """One endpoint with its private prompt; an async context manager (a local server ends with it)."""
+
+    def __init__(self, config: TeacherConfig, corpus: Corpus, run_id: str, *, draws: int = 1) -> None:
+        config.check()
+        super().__init__(config, draws=draws)
+        self.corpus = corpus
+        self.engine = Engine(config, corpus, run_id)
+
+    async def __aenter__(self) -> Teacher:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.engine.__aexit__(*exc)
 
     def complete(
         self, requests: Sequence[Request], *, round_: int = 0, description: str = "asking the teacher"
