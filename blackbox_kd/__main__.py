@@ -8,6 +8,7 @@ from importlib import import_module
 
 COMMANDS = {
     "run": ("run", "sample, sft, onpolicy and evaluate in order, resumable"),
+    "plan": ("plan", "what sample, onpolicy and evaluate would ask and cost; spends nothing"),
     "sample": ("sample", "ask the teacher, keep everything"),
     "sft": ("sft", "sequence-level stage: a LoRA student on teacher text"),
     "onpolicy": (
@@ -16,7 +17,10 @@ COMMANDS = {
     ),
     "evaluate": ("evaluate", "base, sft and each round on held-out, out-of-domain and hold-back prompts"),
     "sql": ("sql", 'ask the corpus: sql "select ..."'),
-    "status": ("status", "what a run has done and spent"),
+    "show": ("show", "one question with its answers, as a person reads them: show ID, --last N, --prompt TEXT"),
+    "status": ("status", "what a run does right now, has done and spent"),
+    "doctor": ("doctor", "check a corpus, and what to do"),
+    "compact": ("compact", "rewrite a corpus without its dead space"),
     "export-corpus": ("export", "Parquet and chat JSONL that TRL and `datasets` load as they are"),
     "serve-teacher": ("serve", "the embedded local teacher as an OpenAI-compatible endpoint"),
 }

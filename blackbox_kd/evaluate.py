@@ -12,18 +12,20 @@ model's). `length`: tokens of the student's greedy answer. All with a bootstrap 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from blackbox_kd.config import EvaluateConfig
 from blackbox_kd.errors import AlignmentError
 from blackbox_kd.hashing import content_id
 from blackbox_kd.judging import usable_text
 from blackbox_kd.progress import say
 from blackbox_kd.project import Project, stage_main
 from blackbox_kd.run_dir import round_of
+from blackbox_kd.teachers.teacher import Questions
 from blackbox_kd.types import Completion, Interval, Prompt, Request, SamplingParams, Split
 
 FIXED_SPLITS: tuple[Split, ...] = ("heldout", "ood")
@@ -47,6 +49,17 @@ class FixedSet(msgspec.Struct, frozen=True):
     answers: list[FixedAnswer]
 
 
+def fixed_questions(
+    config: EvaluateConfig, teacher: Questions, prompts: Iterable[Prompt]
+) -> Iterator[tuple[Request, Request]]:
+    """For each prompt one at temperature 0 and one at 1."""
+    length = config.max_completion_length
+    greedy = SamplingParams(temperature=0.0, max_completion_length=length)
+    sampled = SamplingParams(temperature=1.0, max_completion_length=length, top_logprobs=config.top_logprobs)
+    for prompt in prompts:
+        yield teacher.request(prompt, "evaluate", greedy), teacher.request(prompt, "evaluate", sampled)
+
+
 async def capture(project: Project) -> FixedSet:
     """The teacher's fixed answers; asked for once, from the corpus ever after.
 
@@ -55,15 +68,7 @@ async def capture(project: Project) -> FixedSet:
     prompts = [prompt for split in FIXED_SPLITS for prompt in project.prompts[split]]
     if not prompts:
         say("there are no heldout or ood prompts: checkpoints cannot be compared on the teacher's answers")
-    config = project.config.evaluate
-    greedy = SamplingParams(temperature=0.0, max_completion_length=config.max_completion_length)
-    sampled = SamplingParams(
-        temperature=1.0, max_completion_length=config.max_completion_length, top_logprobs=config.top_logprobs
-    )
-    asked: list[tuple[Request, Request]] = [
-        (project.teacher.request(p, "evaluate", greedy), project.teacher.request(p, "evaluate", sampled))
-        for p in prompts
-    ]
+    asked = list(fixed_questions(project.config.evaluate, project.teacher, prompts))
     requests = [request for pair in asked for request in pair]
     found = await project.teacher.answers(requests, description="capture the fixed set")
     answers = []

@@ -41,7 +41,7 @@ from blackbox_kd.run_dir import RunDir
 from blackbox_kd.teachers import providers
 from blackbox_kd.teachers.base import TeacherConfig
 from blackbox_kd.teachers.budget import BudgetConfig
-from blackbox_kd.teachers.teacher import Teacher
+from blackbox_kd.teachers.teacher import Questions, Teacher
 from blackbox_kd.types import Prompt, Request, SamplingParams
 
 INTERRUPTED = 130
@@ -117,6 +117,13 @@ class Config(Section):
         return {name: dumped[name] for name in names}
 
 
+def sample_questions(config: SampleConfig, teacher: Questions, prompts: Iterable[Prompt]) -> Iterator[Request]:
+    """One for each draw of each prompt."""
+    for prompt in prompts:
+        for draw in range(config.draws):
+            yield teacher.request(prompt, "sample", config.sampling, sample_idx=draw)
+
+
 class Project:
     """Everything that a stage works with, opened once; use as a context manager."""
 
@@ -132,7 +139,12 @@ class Project:
             self.run_dir = stack.enter_context(RunDir(config.run_dir))
             self.corpus = Corpus(config.corpus_path)
             self.teacher = Teacher(
-                config.teacher, self.corpus, self.run_dir.run_id, draws=config.sample.n, caps=config.budget
+                config.teacher,
+                self.corpus,
+                self.run_dir.run_id,
+                draws=config.sample.n,
+                caps=config.budget,
+                run_dir=config.run_dir,
             )
             for name in self.run_dir.checkpoints():  # before the config of the run is overwritten
                 self.run_dir.done(name, self.settings_of(name))
@@ -159,10 +171,7 @@ class Project:
 
     def sample_requests(self, prompts: Iterable[Prompt] | None = None) -> Iterator[Request]:
         """The questions of the sequence-level stage: one for each draw of each sampled train prompt."""
-        config = self.config.sample
-        for prompt in self.sampled_prompts if prompts is None else prompts:
-            for draw in range(config.draws):
-                yield self.teacher.request(prompt, "sample", config.sampling, sample_idx=draw)
+        return sample_questions(self.config.sample, self.teacher, self.sampled_prompts if prompts is None else prompts)
 
     def training_rows(self) -> list[tuple[Prompt, str, str]]:
         """(prompt, completion_id, answer): whole answers to exactly those questions, by completion_id."""

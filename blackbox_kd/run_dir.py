@@ -79,9 +79,7 @@ class RunDir:
 
     def checkpoints(self) -> list[str]:
         """Committed checkpoints in the order in which they were trained."""
-        found = [path.parent.name for path in (self.path / "checkpoints").glob(f"*/{SETTINGS_FILE}")]
-        # A kill just before the rename leaves a whole folder under its partial name.
-        return sorted((name for name in found if re.fullmatch(r"sft|round-\d+", name)), key=round_of)
+        return committed(self.path)
 
     @contextmanager
     def committing(self, name: str, settings: Mapping[str, Any]) -> Iterator[Path]:
@@ -113,6 +111,13 @@ class RunDir:
                     f"{wanted.get(key)!r}; choose another --run_dir, or delete that folder and the later ones"
                 )
         return True
+
+
+def committed(path: Path) -> list[str]:
+    """Checkpoints of the run directory `path` in the order in which they were trained; none where there is no such."""
+    found = [file.parent.name for file in (path / "checkpoints").glob(f"*/{SETTINGS_FILE}")]
+    # A kill just before the rename leaves a whole folder under its partial name.
+    return sorted((name for name in found if re.fullmatch(r"sft|round-\d+", name)), key=round_of)
 
 
 def round_of(checkpoint: str) -> int:

@@ -1,12 +1,23 @@
-"""`status`: what the corpus holds, what each run was billed, and how far it is."""
+"""`status`: what a run does right now, what the corpus holds, what each run was billed, and how far it is.
+
+    blackbox-kd status
+    blackbox-kd status --full       # also reads the corpus of a run that goes on, between two of its writes
+
+While a run asks, its progress comes from a small file beside the corpus; the corpus itself is not opened.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 from blackbox_kd.corpus import query
+from blackbox_kd.corpus.heartbeat import Heartbeat, read_heartbeats
+from blackbox_kd.errors import CorpusBusy
 from blackbox_kd.project import OneLineParser, guarded
 from blackbox_kd.sql import add_corpus_flag, corpus_of, show
 
@@ -23,26 +34,105 @@ QUESTIONS = {
     "FROM leaderboard JOIN runs USING (run_id) WHERE split = 'heldout' AND name IN ('teacher_nll', 'chrf')",
 }
 
+BUSY_WAIT_S = 1.0
+"""A person does not want to wait longer for somebody who holds the file."""
+
+
+def lines(beat: Heartbeat) -> list[str]:
+    """A heartbeat as a person reads it: where it is, how fast, what it costs, what went wrong last."""
+    state = beat.state if beat.alive or beat.state == "ended" else "gone without saying so"
+    ago = time.time() - beat.updated_at
+    per_s = f"{beat.rate_per_s:.1f}/s" if beat.rate_per_s is not None else "rate unknown"
+    found = [
+        f"{beat.run_dir} ({state}, pid {beat.pid}, {duration(ago)} ago): {beat.description}",
+        f"  {beat.done} of {'?' if beat.total is None else beat.total} done, {beat.cached} known before, "
+        f"{beat.failed} failed, {beat.in_flight} in flight, {per_s}, {beat.limited_share:.0%} were 429, "
+        f"{duration(beat.eta_s)} left",
+        f"  spent {money(beat.spent_usd)}, {beat.spent_tokens} tokens, {beat.spent_requests} calls; "
+        f"reserved {money(beat.reserved_usd)}; {caps(beat)}",
+    ]
+    return found + ([f"  last error: {beat.last_error}"] if beat.last_error else [])
+
+
+def caps(beat: Heartbeat) -> str:
+    """The limits that hold."""
+    found = [f"{name} {value:g}" for name, value in (beat.cap or {}).items() if value is not None]
+    return f"cap {', '.join(found)}" if found else "no cap"
+
+
+def money(dollars: float | None) -> str:
+    """Dollars, cents and the first fractions of a cent."""
+    return "$ unknown" if dollars is None else f"${dollars:.2f}" if dollars >= 1 else f"${dollars:.4f}"
+
+
+def duration(seconds: float | None) -> str:
+    """The two largest units."""
+    if seconds is None:
+        return "time unknown"
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} m"
+    return f"{minutes} m {rest} s" if minutes else f"{rest} s"
+
+
+def shown(beats: list[Heartbeat]) -> list[Heartbeat]:
+    """Those that are alive; where nobody is, the latest."""
+    return [beat for beat in beats if beat.alive] or beats[:1]
+
+
+def tables(path: Path) -> tuple[dict[str, Any], str]:
+    """Each question's columns and rows, or why there are none."""
+    try:
+        return {name: query(path, sql, wait_s=BUSY_WAIT_S) for name, sql in QUESTIONS.items()}, ""
+    except CorpusBusy as error:
+        return {}, str(error)
+
+
+def print_json(path: Path, beats: list[Heartbeat], found: dict[str, Any], note: str) -> None:
+    """Everything as one object."""
+    rows = {name: [dict(zip(columns, r, strict=True)) for r in rows] for name, (columns, rows) in found.items()}
+    live = [beat.as_dict() for beat in beats]
+    print(json.dumps({"corpus": str(path), "live": live, "note": note or None, **rows}, default=str))
+
+
+def print_text(beats: list[Heartbeat], found: dict[str, Any], note: str) -> None:
+    """For a person."""
+    for line in [line for beat in beats for line in lines(beat)]:
+        print(line)
+    for name, (columns, rows) in found.items():
+        print(f"\n{name}")
+        show(columns, rows)
+    if note:
+        print(note)
+
 
 def main(argv: list[str] | None = None) -> int:
     """The command."""
-    parser = OneLineParser(prog="blackbox-kd status", description=__doc__)
+    parser = OneLineParser(
+        prog="blackbox-kd status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_corpus_flag(parser)
+    parser.add_argument("--full", action="store_true", help="read the corpus although a run goes on")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     flags = parser.parse_args(argv)
 
     def body() -> int:
         path = corpus_of(flags.corpus)
-        found: dict[str, Any] = {}
-        for name, sql in QUESTIONS.items():
-            columns, rows = query(path, sql)
-            found[name] = [dict(zip(columns, row, strict=True)) for row in rows]
-            if not flags.json:
-                print(f"\n{name}")
-                show(columns, rows)
+        beats = shown(read_heartbeats(path.with_name(path.name + ".journal")))
+        if any(beat.alive for beat in beats) and not flags.full:
+            found: dict[str, Any] = {}
+            note = "a run goes on: the corpus was not opened (`status --full` opens it)"
+        else:
+            found, note = tables(path)
         if flags.json:
-            print(json.dumps({"corpus": str(path), **found}, default=str))
+            print_json(path, beats, found, note)
+        else:
+            print_text(beats, found, note)
         return 0
 
     return guarded(body, debug=flags.debug)

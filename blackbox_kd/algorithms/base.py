@@ -43,6 +43,16 @@ class AlgorithmConfig(Section):
     name: str
     """The one that `onpolicy.algorithm.name` chooses by; a Literal in each algorithm."""
 
+    @property
+    def calls_per_rollout(self) -> float:
+        """Questions to the teacher for one rollout, on average: what `plan` counts with."""
+        raise NotImplementedError
+
+    @property
+    def reply_tokens(self) -> int:
+        """The most that the teacher may write in one reply."""
+        raise NotImplementedError
+
     def files_hash(self) -> str | None:
         """Hash of the files that the algorithm reads, so that an edit is not taken for the same experiment."""
         return None

@@ -36,6 +36,16 @@ class RelabelConfig(AlgorithmConfig):
     max_completion_length: int = Field(256, ge=1)
     """Tokens."""
 
+    @property
+    def calls_per_rollout(self) -> float:
+        """One, or the share that is asked about."""
+        return 1.0 if self.mode == "rewrite" else self.worst_fraction
+
+    @property
+    def reply_tokens(self) -> int:
+        """Of a rewrite or an answer."""
+        return self.max_completion_length
+
     def files_hash(self) -> str:
         """Of template and examples."""
         return RewritePrompt(None, self.template, self.examples, "onpolicy.algorithm").content_hash

@@ -3,7 +3,7 @@
 Nothing outside this package speaks SQL. `schema.sql` says what is kept, `views.sql` how people read it.
 """
 
-from blackbox_kd.corpus.connection import export, query
+from blackbox_kd.corpus.connection import compact, export, query
 from blackbox_kd.corpus.store import Corpus
 
-__all__ = ["Corpus", "export", "query"]
+__all__ = ["Corpus", "compact", "export", "query"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,75 @@ def export(path: Path, select: str, target: Path) -> int:
     quoted = str(target).replace("'", "''")
     with connect(path, read_only=True, wait_s=READ_WAIT_S) as con:
         return int(con.execute(f"COPY ({select}) TO '{quoted}' ({form})").fetchall()[0][0])
+
+
+def compact(path: Path, *, wait_s: float = READ_WAIT_S) -> tuple[int, int]:
+    """Rewrite the file without its dead space: bytes before and after. What goes wrong leaves the old file as it was.
+
+    Raises:
+        CorpusBusy: another program holds it, or has written to it meanwhile.
+        CorpusError: the copy could not be made, or does not hold the same rows.
+    """
+    fresh = path.with_name(path.name + ".compact")
+    try:
+        _discard(fresh)  # of a compaction that was killed
+        with connect(path, read_only=False, wait_s=wait_s) as con:
+            _copy(con, fresh)
+            con.execute("CHECKPOINT")  # the write-ahead log would be taken for the new file's
+            read = path.stat()
+        with fresh.open("rb") as file:
+            os.fsync(file.fileno())
+        _replace(path, fresh, read)
+    except OSError as error:
+        raise CorpusError(f"cannot compact {path}: {error.strerror}") from error
+    finally:
+        with suppress(OSError):
+            _discard(fresh)
+    return read.st_size, path.stat().st_size
+
+
+def _copy(con: duckdb.DuckDBPyConnection, fresh: Path) -> None:
+    ((source,),) = con.execute("SELECT current_database()").fetchall()
+    quoted = str(fresh).replace("'", "''")
+    con.execute(f"ATTACH '{quoted}' AS fresh")
+    con.execute(f"""COPY FROM DATABASE "{source}" TO fresh""")
+    if (lost := _contents(con, source) - _contents(con, "fresh")) or _contents(con, "fresh") - _contents(con, source):
+        raise CorpusError(f"the compact copy {fresh} is not the same, the corpus stays as it is: {sorted(lost)[:3]}")
+    con.execute("DETACH fresh")
+
+
+def _contents(con: duckdb.DuckDBPyConnection, database: str) -> set[tuple[Any, ...]]:
+    """Every table with its rows, every constraint, every view."""
+    tables = con.execute("SELECT table_name FROM duckdb_tables() WHERE database_name = ?", [database]).fetchall()
+    counts = {
+        (name, con.execute(f'SELECT count(*) FROM "{database}".main."{name}"').fetchall()[0][0]) for (name,) in tables
+    }
+    schema = """SELECT table_name, constraint_type || array_to_string(constraint_column_names, ', ')
+                FROM duckdb_constraints() WHERE database_name = $1
+                UNION ALL SELECT view_name, 'VIEW' FROM duckdb_views() WHERE database_name = $1 AND NOT internal"""
+    return counts | set(con.execute(schema, [database]).fetchall())
+
+
+def _replace(path: Path, fresh: Path, read: os.stat_result) -> None:
+    """Put the copy in the file's place, under DuckDB's own lock, unless somebody has written since it was read."""
+    with path.open("r+b") as old:
+        try:
+            fcntl.lockf(old, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CorpusBusy(f"{path} is in use by another program; compact it when that has ended") from error
+        now, wal = path.stat(), path.with_name(path.name + ".wal")
+        if (now.st_ino, now.st_size, now.st_mtime_ns) != (read.st_ino, read.st_size, read.st_mtime_ns) or wal.exists():
+            raise CorpusBusy(f"{path} was written to while it was copied; compact it when nobody uses it")
+        fresh.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+        time.sleep(0.1)  # who opened the old file before it was replaced finds it locked, and opens the new one
+
+
+def _discard(database: Path) -> None:
+    for leftover in (database, database.with_name(database.name + ".wal")):
+        leftover.unlink(missing_ok=True)
 
 
 def _open(path: Path, *, read_only: bool, wait_s: float) -> duckdb.DuckDBPyConnection:

@@ -126,3 +126,14 @@ def leftovers(folder: Path) -> Iterator[tuple[Path, list[Record]]]:
                 yield path, read_segment(path)
         finally:
             os.close(fd)
+
+
+def torn(path: Path) -> bool:
+    """Whether the segment ends in the middle of a record."""
+    data, offset = path.read_bytes(), 0
+    while offset + _FRAME.size <= len(data):
+        length, _ = _FRAME.unpack_from(data, offset)
+        if length == 0:
+            break
+        offset += _FRAME.size + length
+    return offset != len(data)

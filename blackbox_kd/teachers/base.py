@@ -95,7 +95,11 @@ class TeacherConfig(Section):
     omit_params: list[str] = []
     """Parameters that the endpoint does not accept, e.g. [seed, top_p]."""
     price: PriceConfig | None = None
-    """Null: costs are not known, and shown as such."""
+    """Null: as in litellm's table where that package is installed; else costs are not known, and shown as such."""
+
+    def listed_as(self) -> list[str]:
+        """Names that a table of prices may know the model by, the closest first; none where nobody sends a bill."""
+        return []
 
     def connect(self) -> AbstractAsyncContextManager[Transport]:
         """A transport that works, closed at the end of the block."""

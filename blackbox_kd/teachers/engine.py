@@ -9,22 +9,23 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sized
 from contextlib import AsyncExitStack, aclosing
 from itertools import islice
+from pathlib import Path
 
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.corpus.writer import Writer
 from blackbox_kd.errors import TeacherRefused
-from blackbox_kd.progress import Counter, counting, say
+from blackbox_kd.progress import counting, say
 from blackbox_kd.teachers.base import Reply, TeacherConfig
 from blackbox_kd.teachers.budget import Budget, BudgetConfig
 from blackbox_kd.teachers.caller import Caller
+from blackbox_kd.teachers.live import Pulse
+from blackbox_kd.teachers.prices import price_of
 from blackbox_kd.teachers.wire import Decoder, usage_of
 from blackbox_kd.teachers.work import Work
 from blackbox_kd.types import Author, Completion, Request, Usage
 
 CHUNK = 2048
 """Questions that are looked up in the corpus at once; no more of them are held in memory."""
-PULSE_S = 0.5
-"""Between two looks of a person at the live line."""
 MISSING_TO_STOP = 3
 """Answers in a row without the logprobs that `teacher.require_logprobs` insists on."""
 
@@ -39,12 +40,14 @@ class Engine:
         run_id: str,
         author: Author = "teacher",
         caps: BudgetConfig | None = None,
+        run_dir: Path | None = None,
     ) -> None:
         """Raises:
         ConfigError: a cap that cannot be kept, see `Budget`.
         """
         self._config, self._corpus, self._run_id, self._author = config, corpus, run_id, author
-        self.budget = Budget(caps or BudgetConfig(), config.price)
+        self._run_dir = run_dir
+        self.budget = Budget(caps or BudgetConfig(), price_of(config))
         self.caller = Caller(config, run_id, self.budget)
         self._decoder = Decoder()
         self._stack = AsyncExitStack()
@@ -122,14 +125,14 @@ class Engine:
                 self._produce(work, requests, writer, known),
                 lambda request: self._ask(request, work, writer, round_),
             )
-            pulse = asyncio.create_task(self._pulse(work, progress))
-            try:
-                async for completions in work.results():
-                    yield completions
-            finally:  # whatever ends the loop, what is in flight is paid for: wait for it and keep it
-                await work.drain()
-                pulse.cancel()
-                self._open.remove(work)
+            beating = Pulse(work, self.caller, self.budget, progress, self._run_id, self._run_dir, self._corpus.journal)
+            async with beating:
+                try:
+                    async for completions in work.results():
+                        yield completions
+                finally:  # whatever ends the loop, what is in flight is paid for: wait for it and keep it
+                    await work.drain()
+                    self._open.remove(work)
 
     async def _produce(self, work: Work, requests: Iterable[Request], writer: Writer, known: bool) -> None:
         """Look requests up in the corpus, chunk by chunk, and queue those that nobody has answered."""
@@ -194,22 +197,3 @@ class Engine:
                 f"{request.model} gave no logprobs {self._missing_in_a_row} times in a row, and "
                 "teacher.require_logprobs is set: ask another endpoint, or unset it to collect text"
             )
-
-    async def _pulse(self, work: Work, progress: Counter) -> None:
-        """The live line."""
-        while True:
-            await asyncio.sleep(PULSE_S)
-            progress.at(work.done, self._note(work))
-
-    def _note(self, work: Work) -> str:
-        limiter = self.caller.limiter
-        parts = [f"{limiter.in_flight}/{int(limiter.window)} in flight", f"{limiter.rate():.3g}/s"]
-        if limiter.limited_calls:
-            parts.append(f"{limiter.limited_calls / max(1, limiter.calls):.0%} 429")
-        if line := self.budget.line():
-            parts.append(line)
-        if work.failed:
-            parts.append(f"{work.failed} failed")
-        if self.caller.last_error:
-            parts.append(f"last error: {self.caller.last_error[:60]}")
-        return ", ".join(parts)

@@ -176,6 +176,11 @@ class Limiter:
         if transient:
             self._give_up_if_silent("failures")
 
+    @property
+    def limited_share(self) -> float:
+        """429s in all calls."""
+        return self.limited_calls / max(1, self.calls)
+
     def rate(self) -> float:
         """Answers a second, of late."""
         return self._delivered.rate(self._clock())

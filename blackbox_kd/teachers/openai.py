@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field
 
@@ -40,6 +41,11 @@ class OpenAITeacherConfig(TeacherConfig):
     def url(self) -> str:
         """Where requests go."""
         return self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+
+    def listed_as(self) -> list[str]:
+        """As `deepseek/deepseek-chat` by a part of the host's name, as `together_ai/...`, or by the bare name."""
+        hosts = (urlsplit(self.url).hostname or "").split(".")
+        return [f"{host}{suffix}/{self.model}" for host in hosts for suffix in ("", "_ai")] + [self.model]
 
     def headers(self) -> dict[str, str]:
         """extra_headers with the environment's values in them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from pathlib import Path
 
 from blackbox_kd.config import SampleConfig
 from blackbox_kd.corpus import Corpus
@@ -17,23 +18,13 @@ Ask = Callable[..., AsyncIterator[Completion]]
 """`complete(requests, description=...)`."""
 
 
-class Teacher:
-    """One endpoint with its private prompt; an async context manager (a local server ends with it)."""
+class Questions:
+    """Turns prompts into requests, as this teacher with its private prompt is asked; it asks nobody."""
 
-    def __init__(
-        self, config: TeacherConfig, corpus: Corpus, run_id: str, *, draws: int = 1, caps: BudgetConfig | None = None
-    ) -> None:
+    def __init__(self, config: TeacherConfig, *, draws: int = 1) -> None:
         """`draws`: answers to a prompt that `sample` takes; on-policy draws of the same question go on from there."""
-        config.check()
-        self.config, self.corpus, self.run_id, self.draws = config, corpus, run_id, draws
+        self.config, self.draws = config, draws
         self.context = PrivateContext(config.prompt.template, config.prompt.examples)
-        self.engine = Engine(config, corpus, run_id, caps=caps)
-
-    async def __aenter__(self) -> Teacher:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self.engine.__aexit__(*exc)
 
     def request(
         self,
@@ -61,6 +52,32 @@ class Teacher:
             context_hash=context.context_hash,
             completion_id=completion_id,
         )
+
+
+class Teacher(Questions):
+    """One endpoint with its private prompt; an async context manager (a local server ends with it)."""
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        corpus: Corpus,
+        run_id: str,
+        *,
+        draws: int = 1,
+        caps: BudgetConfig | None = None,
+        run_dir: Path | None = None,
+    ) -> None:
+        """`draws`: see `Questions`; `run_dir` is shown by `status`."""
+        config.check()
+        super().__init__(config, draws=draws)
+        self.corpus, self.run_id = corpus, run_id
+        self.engine = Engine(config, corpus, run_id, caps=caps, run_dir=run_dir)
+
+    async def __aenter__(self) -> Teacher:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.engine.__aexit__(*exc)
 
     def complete(
         self,

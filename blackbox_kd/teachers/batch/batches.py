@@ -96,7 +96,7 @@ class Batches:
 
     def _fits(self, request: Request) -> bool:
         """Once one does not, none does: questions are asked in order."""
-        price = self._config.price
+        price = self._engine.budget.price
         try:
             if not self._full:
                 self._engine.budget.take(request.body, price.batch_factor if price else 1.0)

@@ -28,6 +28,7 @@ from blackbox_kd.teachers.batch.ledger import Batch, Ledger
 from blackbox_kd.teachers.batch.lines import answered, read_lines
 from blackbox_kd.teachers.batch.submit import retrying
 from blackbox_kd.teachers.batch.tally import Tally
+from blackbox_kd.teachers.prices import price_of
 from blackbox_kd.teachers.sdk import SdkTransport
 from blackbox_kd.types import Completion, Request
 
@@ -44,7 +45,7 @@ class Collector:
     """Looks now and then, and ingests what has ended."""
 
     def __init__(self, sdk: SdkTransport, corpus: Corpus, ledger: Ledger, config: TeacherConfig, poll_s: float) -> None:
-        self._sdk, self._corpus, self._ledger, self._price = sdk, corpus, ledger, config.price
+        self._sdk, self._corpus, self._ledger, self._price = sdk, corpus, ledger, price_of(config)
         self._retrying = retrying(config.max_retries)
         self._poll_s = poll_s
         self._tally = Tally()

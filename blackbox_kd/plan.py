@@ -1,0 +1,246 @@
+"""`plan`: what `sample`, `onpolicy` and `evaluate` would ask and cost, and how long that takes.
+
+    blackbox-kd plan --config quickstart
+
+Spends nothing, asks nobody, needs no key and makes no file. What the corpus knows is not counted again. Prompt tokens
+are estimated from the prompts' bytes, answers from those seen before (low) and from their maximum length (high).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from blackbox_kd.config import load_config
+from blackbox_kd.corpus.history import History, history, known
+from blackbox_kd.evaluate import FIXED_SPLITS, fixed_questions
+from blackbox_kd.hashing import canonical_json
+from blackbox_kd.project import Config, guarded, overrides, parser, sample_questions
+from blackbox_kd.prompts import PromptSet
+from blackbox_kd.run_dir import committed, round_of
+from blackbox_kd.sql import show
+from blackbox_kd.status import duration, money
+from blackbox_kd.teachers.base import PriceConfig, TeacherConfig
+from blackbox_kd.teachers.prices import price_of
+from blackbox_kd.teachers.teacher import Questions
+from blackbox_kd.types import Purpose, Request, Usage
+
+CHUNK = 2000
+"""Requests that are held in memory and looked up at once."""
+BYTES_PER_TOKEN = 4.0
+"""Where no call has been seen; of English text."""
+GUESSED_SHARE = 0.25
+"""Of the maximum length, for the low estimate where no answer has been seen."""
+OTHER_STAGES: tuple[Purpose, ...] = ("sample", "evaluate", "probe", "rollout")
+"""Purposes that are not an algorithm's."""
+SAMPLE_PROMPTS = 1000
+"""Train prompts whose length stands for that of all on-policy questions."""
+
+
+class Count(msgspec.Struct, kw_only=True):
+    """The questions of one stage."""
+
+    questions: int = 0
+    cached: int = 0
+    dead: int = 0
+    to_ask: int = 0
+    prompt_tokens: float = 0.0
+    longest: int | None = 0
+    """Completion tokens of everything that is asked, at most; None where nothing limits them."""
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True):
+    """What a stage would ask; None: not known."""
+
+    stage: str
+    questions: int
+    cached: int
+    """Answered in the corpus."""
+    dead: int
+    """Given up in an earlier run; asked again only with teacher.retry_dead_letters."""
+    to_ask: int
+    prompt_tokens: int
+    completion_tokens_low: int | None
+    completion_tokens_high: int | None
+    usd_low: float | None
+    usd_high: float | None
+    seconds: float | None
+
+
+def count(requests: Iterable[Request], corpus: Path, config: TeacherConfig, tokens_per_byte: float) -> Count:
+    """Look every request up, a chunk at a time."""
+    found = Count()
+    for chunk in chunks(requests):
+        answered, dead = known(corpus, [request.request_key for request in chunk])
+        skipped = answered if config.retry_dead_letters else answered | dead
+        asked = [request for request in chunk if request.request_key not in skipped]
+        found.questions += len(chunk)
+        found.cached += len(answered)
+        found.dead += len(dead)
+        found.to_ask += len(asked)
+        found.prompt_tokens += tokens_per_byte * sum(map(size, asked))
+        for request in asked:
+            found.longest = added(found.longest, longest(request, config))
+    return found
+
+
+def chunks(requests: Iterable[Request]) -> Iterator[list[Request]]:
+    """Lists of at most CHUNK."""
+    iterator = iter(requests)
+    while chunk := list(islice(iterator, CHUNK)):
+        yield chunk
+
+
+def size(request: Request) -> int:
+    """Bytes of its messages, as JSON."""
+    return len(canonical_json(request.body["messages"]).encode())
+
+
+def longest(request: Request, config: TeacherConfig) -> int | None:
+    """The most completion tokens that it can cost; None where the body sets no limit."""
+    limit = request.body.get(config.token_limit_param)
+    return None if limit is None else int(limit) * int(request.body.get("n") or 1)
+
+
+def added(one: float | None, other: float | None) -> Any:
+    """Their sum; None where one of them is not known."""
+    return None if one is None or other is None else one + other
+
+
+def count_onpolicy(config: Config, prompts: PromptSet, teacher: Questions, seen: History, per_byte: float) -> Count:
+    """The questions of all rounds; they are about texts that the student has not written yet, so they are estimated."""
+    loop = config.onpolicy
+    per_round = round(min(loop.prompts_per_round, prompts.count("train")) * loop.algorithm.calls_per_rollout)
+    done = min(loop.rounds, max(map(round_of, committed(config.run_dir)), default=0))
+    to_ask = (loop.rounds - max(0, done)) * per_round
+    prompt_tokens = mean_of(seen.prompt_tokens)
+    if prompt_tokens is None:
+        sampled = [size(teacher.request(p, "relabel", loop.sampling)) for p in prompts.stream("train", SAMPLE_PROMPTS)]
+        prompt_tokens = per_byte * sum(sampled) / len(sampled) + loop.max_completion_length  # with a whole draft in it
+    return Count(
+        questions=loop.rounds * per_round,
+        cached=loop.rounds * per_round - to_ask,
+        to_ask=to_ask,
+        prompt_tokens=to_ask * prompt_tokens,
+        longest=to_ask * loop.algorithm.reply_tokens,
+    )
+
+
+def mean_of(by_purpose: dict[str, float]) -> float | None:
+    """Over the purposes that only algorithms have; None where no such call has been seen."""
+    found = [mean for purpose, mean in by_purpose.items() if purpose not in OTHER_STAGES]
+    return sum(found) / len(found) if found else None
+
+
+def estimate(name: str, found: Count, mean: float | None, seen: History, price: PriceConfig | None) -> Stage:
+    """A stage's questions with what they cost; `mean`: completion tokens of such an answer so far."""
+    high = found.longest
+    low = mean * found.to_ask if mean is not None else None if high is None else GUESSED_SHARE * high
+    if low is not None and high is not None:
+        low = min(low, high)
+    prompt_tokens = round(found.prompt_tokens)
+    return Stage(
+        stage=name,
+        questions=found.questions,
+        cached=found.cached,
+        dead=found.dead,
+        to_ask=found.to_ask,
+        prompt_tokens=prompt_tokens,
+        completion_tokens_low=None if low is None else round(low),
+        completion_tokens_high=high,
+        usd_low=dollars(price, prompt_tokens, low),
+        usd_high=dollars(price, prompt_tokens, high),
+        seconds=found.to_ask / seen.rate_per_s if seen.rate_per_s else None if found.to_ask else 0.0,
+    )
+
+
+def dollars(price: PriceConfig | None, prompt_tokens: int, completion_tokens: float | None) -> float | None:
+    """None where the price or the length is not known."""
+    if price is None or completion_tokens is None:
+        return None
+    return price.cost(Usage(prompt_tokens=prompt_tokens, completion_tokens=round(completion_tokens)))
+
+
+def plan(config: Config) -> dict[str, Any]:
+    """All stages, their sum, and what the estimates rest on."""
+    prompts = PromptSet(config.prompts)
+    teacher, path, price = (
+        Questions(config.teacher, draws=config.sample.n),
+        config.corpus_path,
+        price_of(config.teacher),
+    )
+    seen = history(path, config.teacher.model)
+    per_byte = seen.tokens_per_byte or 1 / BYTES_PER_TOKEN
+    fixed = [prompt for split in FIXED_SPLITS for prompt in prompts[split]]
+    sampled = sample_questions(config.sample, teacher, prompts.stream("train", config.sample.max_prompts))
+    pairs = fixed_questions(config.evaluate, teacher, fixed)
+    counts = {
+        "sample": count(sampled, path, config.teacher, per_byte),
+        "onpolicy": count_onpolicy(config, prompts, teacher, seen, per_byte),
+        "evaluate": count(chain.from_iterable(pairs), path, config.teacher, per_byte),
+    }
+    means = {**seen.completion_tokens, "onpolicy": mean_of(seen.completion_tokens)}
+    stages = [estimate(name, found, means.get(name), seen, price) for name, found in counts.items()]
+    return {
+        "stages": msgspec.to_builtins(stages),
+        "total": total(stages),
+        "tokens_per_byte": per_byte,
+        "tokens_from": f"{seen.answers} answers of {config.teacher.model}" if seen.tokens_per_byte else "bytes / 4",
+        "rate_per_s": seen.rate_per_s,
+        "price": price.model_dump() if price else None,
+    }
+
+
+def total(stages: Sequence[Stage]) -> dict[str, Any]:
+    """The sum of each column; null where a part of it is not known."""
+    found: dict[str, Any] = {"stage": "total"}
+    for name in Stage.__struct_fields__[1:]:
+        values = [getattr(stage, name) for stage in stages]
+        found[name] = None if None in values else sum(values)
+    return found
+
+
+def print_plan(found: dict[str, Any]) -> None:
+    """For a person."""
+    columns = ["stage", "questions", "cached", "dead", "to ask", "prompt tokens", "completion tokens", "cost", "time"]
+    show(columns, [cells(row) for row in [*found["stages"], found["total"]]])
+    print(f"prompt tokens: {found['tokens_per_byte']:.3f} a byte, from {found['tokens_from']}")
+    rate = (
+        f"{found['rate_per_s']:.2f} answers a second, as of late" if found["rate_per_s"] else "no answer was timed yet"
+    )
+    print(f"time: {rate}")
+    if found["price"] is None:
+        print("cost: no price is known; set teacher.price (dollars for a million tokens: input, output)")
+
+
+def cells(row: dict[str, Any]) -> tuple[Any, ...]:
+    """A line of the table: ranges as low - high."""
+    tokens = f"{row['completion_tokens_low']} - {row['completion_tokens_high']}".replace("None", "unknown")
+    cost = "unknown" if row["usd_low"] is None else f"{money(row['usd_low'])} - {money(row['usd_high'])}"
+    counted = [row[name] for name in ("stage", "questions", "cached", "dead", "to_ask", "prompt_tokens")]
+    return (*counted, tokens, cost, "unknown" if row["seconds"] is None else duration(row["seconds"]))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command."""
+    flags, rest = parser("plan", __doc__).parse_known_args(argv)
+
+    def body() -> int:
+        found = plan(load_config(Config, flags.config, overrides(rest)))
+        if flags.json:
+            print(json.dumps(found, ensure_ascii=False))
+        else:
+            print_plan(found)
+        return 0
+
+    return guarded(body, debug=flags.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
