@@ -20,8 +20,8 @@ Author = Literal["teacher", "student", "judge"]
 Purpose = Literal[
     "sample", "relabel", "prefix", "rubric", "judge", "score", "fork", "rollout", "evaluate", "probe"
 ]  # fmt: skip
-Endpoint = Literal["chat", "generate"]
-"""`chat`: POST /chat/completions. `generate`: the student's own decoding, in process."""
+Endpoint = Literal["chat", "completions", "generate"]
+"""`chat`: POST /chat/completions. `completions`: POST /completions, raw text. `generate`: the student, in process."""
 
 WIRE_VERSION = 1
 """Part of every `request_key`; raised when the meaning of a stored body changes."""

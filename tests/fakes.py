@@ -134,6 +134,7 @@ async def serving(api: FakeAPI) -> AsyncIterator[FakeAPI]:
     app = web.Application()
     app.router.add_get("/v1/models", api.models)
     app.router.add_post("/v1/chat/completions", api.chat)
+    app.router.add_post("/v1/completions", api.chat)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

@@ -19,7 +19,7 @@ LAYERS: dict[str, float] = {
     "student": 2.2, "losses": 2.2,
     "algorithms": 3,
     "project": 4, "model_card": 4, "rollout": 4, "sample": 4, "sft": 4, "onpolicy": 4, "evaluate": 4, "run": 4,
-    "export": 4, "sql": 4, "status": 4, "serve": 4,
+    "probe": 4, "export": 4, "sql": 4, "status": 4, "serve": 4,
     "__main__": 5,
 }  # fmt: skip
 
@@ -75,7 +75,7 @@ def raw_imports(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("module", ["sample", "project", "sql", "status", "export", "serve", "algorithms"])
+@pytest.mark.parametrize("module", ["sample", "probe", "project", "sql", "status", "export", "serve", "algorithms"])
 def test_collecting_imports_no_torch(module: str) -> None:
     code = f"import sys, blackbox_kd.{module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractAsyncContextManager
 from typing import Literal
+from urllib.parse import urlsplit, urlunsplit
 
 from blackbox_kd.errors import ConfigError
 from blackbox_kd.teachers.base import TeacherConfig, Transport, api_key
@@ -26,6 +27,12 @@ class OpenAITeacherConfig(TeacherConfig):
     def url(self) -> str:
         """Where requests go."""
         return self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+
+    @property
+    def address(self) -> str:
+        """Its URL without user, password and query."""
+        parts = urlsplit(self.url)
+        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
 
     def headers(self) -> dict[str, str]:
         """extra_headers with the environment's values in them.

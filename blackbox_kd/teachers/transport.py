@@ -16,26 +16,27 @@ from blackbox_kd.teachers.wire import error_of
 
 
 class FastTransport:
-    """POST {base_url}/chat/completions."""
+    """POST {base_url}/{path}."""
 
     def __init__(self, session: aiohttp.ClientSession, base_url: str, secrets: Iterable[str] = ()) -> None:
         """`secrets` are masked in whatever the endpoint sends: some say which key they did not like."""
         self._session, self._secrets = session, [secret.encode() for secret in secrets if secret]
-        self._url = f"{base_url.rstrip('/')}/chat/completions"
+        self._base_url = base_url.rstrip("/")
 
-    async def send(self, body: dict[str, Any]) -> Reply:
+    async def send(self, body: dict[str, Any], path: str = "chat/completions") -> Reply:
         """See `base.Transport`."""
         try:
-            async with self._session.post(self._url, data=msgspec.json.encode(body)) as response:
+            async with self._session.post(f"{self._base_url}/{path}", data=msgspec.json.encode(body)) as response:
                 data = await response.read()
                 for secret in self._secrets:
                     data = data.replace(secret, b"***")
                 request_id = response.headers.get("x-request-id")
+                headers = {name.lower(): value for name, value in response.headers.items()}
                 if response.status != 200:
-                    error = error_of(response.status, data, {k.lower(): v for k, v in response.headers.items()})
+                    error = error_of(response.status, data, headers)
                     error.server_request_id = request_id
                     raise error
-                return Reply(data, request_id)
+                return Reply(data, request_id, headers)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise TransientError(f"{type(error).__name__}: {error}".rstrip(": ")) from error
 
