@@ -9,6 +9,7 @@ from importlib import import_module
 COMMANDS = {
     "run": ("run", "sample, sft, onpolicy and evaluate in order, resumable"),
     "plan": ("plan", "what sample, onpolicy and evaluate would ask and cost; spends nothing"),
+    "probe": ("probe", "what the endpoint can do, by about a dozen short calls"),
     "sample": ("sample", "ask the teacher, keep everything"),
     "sft": ("sft", "sequence-level stage: a LoRA student on teacher text"),
     "onpolicy": (

@@ -101,6 +101,7 @@ class FakeAPI:
     def add_routes(self, router: web.UrlDispatcher) -> None:
         router.add_get("/v1/models", self.models)
         router.add_post("/v1/chat/completions", self.chat)
+        router.add_post("/v1/completions", self.chat)
 
     def _allowed(self, request: web.Request) -> bool:
         return self.key is None or request.headers.get("authorization") == f"Bearer {self.key}"

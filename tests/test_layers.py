@@ -19,7 +19,7 @@ LAYERS: dict[str, float] = {
     "student": 2.2, "losses": 2.2,
     "algorithms": 3,
     "project": 4, "model_card": 4, "rollout": 4, "sample": 4, "sft": 4, "onpolicy": 4, "evaluate": 4, "run": 4,
-    "export": 4, "sql": 4, "status": 4, "serve": 4, "plan": 4, "show": 4, "doctor": 4, "compact": 4,
+    "probe": 4, "export": 4, "sql": 4, "status": 4, "serve": 4, "plan": 4, "show": 4, "doctor": 4, "compact": 4,
     "__main__": 5,
 }  # fmt: skip
 
@@ -75,7 +75,9 @@ def raw_imports(path: Path) -> set[str]:
     return found
 
 
-MODULES = ["sample", "project", "sql", "status", "export", "serve", "algorithms", "teachers.batch", "plan", "show"]
+MODULES = [
+    "sample", "probe", "project", "sql", "status", "export", "serve", "algorithms", "teachers.batch", "plan", "show"
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", MODULES)

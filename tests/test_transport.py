@@ -48,6 +48,21 @@ def test_the_body_arrives_as_it_is_and_the_reply_comes_back_as_it_is(slash: str)
     assert "authorization" not in api.headers[0]
 
 
+def test_another_path_is_asked_and_the_headers_come_back_in_lower_case() -> None:
+    def handler(body: dict[str, Any], request: web.Request) -> web.Response:
+        return web.json_response({"path": request.path}, headers={"X-RateLimit-Remaining-Requests": "7"})
+
+    async def once(url: str) -> Reply:
+        config = OpenAITeacherConfig(model="m", base_url=url, api_key_env=None)
+        async with config.connect() as transport:
+            return await transport.send(BODY, "completions")
+
+    with served(FakeAPI(handler)) as api:
+        reply = asyncio.run(once(api.url))
+    assert json.loads(reply.data) == {"path": "/v1/completions"}
+    assert reply.headers["x-ratelimit-remaining-requests"] == "7"
+
+
 def test_the_key_and_the_extra_headers_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", " sk-1\n")
     with served(FakeAPI(key="sk-1")) as api:

@@ -128,6 +128,17 @@ CREATE TABLE IF NOT EXISTS metrics (
     PRIMARY KEY (run_id, stage, checkpoint, round, step, split, name, set_id)
 );
 
+CREATE TABLE IF NOT EXISTS capabilities (
+    model     VARCHAR NOT NULL,         -- model asked for
+    base_url  VARCHAR NOT NULL,         -- where it was asked, without credentials; a GGUF file for an embedded teacher
+    name      VARCHAR NOT NULL,         -- chat, top_logprobs_max, scoring, prefill, ...
+    value     JSON NOT NULL,            -- what `probe` found; a new probe replaces it
+    detail    VARCHAR NOT NULL,         -- how it was found, or what the endpoint said
+    run_id    UUID NOT NULL,            -- run that probed
+    probed_at TIMESTAMPTZ NOT NULL,     -- when
+    PRIMARY KEY (model, base_url, name)
+);
+
 CREATE TABLE IF NOT EXISTS dead_letters (
     request_key UUID PRIMARY KEY,       -- the request that will not be asked again
     status      INTEGER,                -- HTTP status

@@ -190,6 +190,21 @@ class Corpus:
         with self.connect() as con:
             insert(con, "metrics", [{**row, "logged_at": now} for row in rows], replace=True)
 
+    def set_capabilities(self, model: str, base_url: str, found: Mapping[str, tuple[Any, str]], *, run_id: str) -> None:
+        """What a model at an address can do (name -> value and detail), in place of what was found before."""
+        shared = {"model": model, "base_url": base_url, "run_id": run_id, "probed_at": timestamp(time.time())}
+        rows = [
+            {**shared, "name": name, "value": canonical_json(value), "detail": detail}
+            for name, (value, detail) in found.items()
+        ]
+        with self.connect() as con:
+            insert(con, "capabilities", rows, replace=True)
+
+    def capabilities(self, model: str, base_url: str) -> dict[str, Any]:
+        """What the last probe found, by name; empty where there was none."""
+        found = self.rows("SELECT name, value FROM capabilities WHERE model = ? AND base_url = ?", [model, base_url])
+        return {name: msgspec.json.decode(value) for name, value in found}
+
     def spend(self, run_id: str) -> dict[str, Any]:
         """What a run was ever billed for, over its restarts: calls, tokens, dollars (None: a price is not known)."""
         calls, prompt, completion, cost, unpriced, unknown = self.rows(
@@ -240,8 +255,8 @@ def _migrate(con: duckdb.DuckDBPyConnection, path: Path) -> None:
     if tables and "meta" not in tables:
         raise CorpusError(f"{path} is a DuckDB file, but no corpus (its tables: {', '.join(sorted(tables)[:5])})")
     con.execute("BEGIN")  # a kill leaves all of it or nothing
+    con.execute(files.joinpath("schema.sql").read_text("utf-8"))  # also a table that an older version did not have
     if not tables:
-        con.execute(files.joinpath("schema.sql").read_text("utf-8"))
         con.execute("INSERT INTO meta VALUES ('schema_version', ?)", [str(SCHEMA_VERSION)])
     version = int(con.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchall()[0][0])
     if version != SCHEMA_VERSION:

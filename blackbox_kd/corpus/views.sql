@@ -4,7 +4,8 @@
 CREATE OR REPLACE VIEW pending AS
 SELECT r.* FROM requests r
 ANTI JOIN completions c USING (request_key)
-ANTI JOIN dead_letters d USING (request_key);
+ANTI JOIN dead_letters d USING (request_key)
+WHERE r.purpose <> 'probe';
 
 -- Whole teacher answers to train prompts, of every teacher and private prompt.
 CREATE OR REPLACE VIEW teacher_rows AS

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
-from pydantic import Field
+import msgspec
+from pydantic import Field, field_validator
 
 from blackbox_kd.config import Section
 from blackbox_kd.errors import ConfigError
@@ -15,6 +16,38 @@ from blackbox_kd.types import Usage
 
 if TYPE_CHECKING:  # importing the SDK takes half a second
     from blackbox_kd.teachers.sdk import SdkTransport
+
+Scoring = Literal["prompt_logprobs", "echo", "forced", "none"]
+"""How given tokens are scored: in one call by either of two parameters, or one call a token (`logit_bias`)."""
+
+Prefill = Literal["assistant_last", "continue_final_message", "prefix", "none"]
+"""What makes an endpoint continue an assistant's text: see `probe.PREFILLS`."""
+
+
+class Capabilities(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an endpoint can do for a model. The defaults are what every chat API can."""
+
+    chat: bool = True
+    top_logprobs_max: int = 0
+    """Alternatives that it was seen to give for a token; 0 for no logprobs."""
+    has_bytes: bool = False
+    """Tokens come with their UTF-8 bytes."""
+    token_ids: bool = False
+    """Tokens come with the endpoint's own ids."""
+    scoring: Scoring = "none"
+    prefill: Prefill = "none"
+    n_max: int = 1
+    """Different answers that it was seen to give in one reply."""
+    seed_honoured: bool = False
+    """The same seed draws the same text, another seed another."""
+    temperature_honoured: bool = False
+    """0 is greedy, and 1 is not."""
+    determinism_nats: float | None = None
+    """Largest difference between a token's logprobs in two greedy answers; None where there are none to compare."""
+    reasoning_hidden: bool = False
+    """It bills for reasoning that it does not show."""
+    rate_headers: bool = False
+    """Replies say how much of a rate limit is left."""
 
 
 class Reply(NamedTuple):
@@ -25,7 +58,7 @@ class Reply(NamedTuple):
     server_request_id: str | None = None
     """Its `x-request-id`."""
     headers: Mapping[str, str] = {}
-    """Looked up in lower case; some say how much is left."""
+    """All of them, names in lower case."""
 
 
 class Transport(Protocol):
@@ -100,6 +133,24 @@ class TeacherConfig(Section):
     def listed_as(self) -> list[str]:
         """Names that a table of prices may know the model by, the closest first; none where nobody sends a bill."""
         return []
+
+    capabilities: dict[str, Any] = {}
+    """What you know better than `probe` about the endpoint, e.g. {prefill: prefix, n_max: 1}."""
+
+    @field_validator("capabilities")
+    @classmethod
+    def _known_capabilities(cls, given: dict[str, Any]) -> dict[str, Any]:
+        try:
+            msgspec.convert(given, Capabilities)
+        except msgspec.ValidationError as error:
+            known = ", ".join(Capabilities.__struct_fields__)
+            raise ValueError(f"{error} (known are {known})") from error
+        return given
+
+    @property
+    def address(self) -> str:
+        """Where the model is asked, without credentials: `capabilities` are kept for a model at an address."""
+        return ""
 
     def connect(self) -> AbstractAsyncContextManager[Transport]:
         """A transport that works, closed at the end of the block."""

@@ -46,6 +46,11 @@ class LocalTeacherConfig(TeacherConfig):
             raise ConfigError("teacher.provider local needs the package xllamacpp: pip install 'blackbox-kd[local]'")
         self.file()
 
+    @property
+    def address(self) -> str:
+        """The file: its server's port is another each time."""
+        return self.gguf
+
     def file(self) -> Path:
         """The GGUF file."""
         return find_file(self.gguf, "teacher.gguf")

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import Field
 
@@ -46,6 +46,12 @@ class OpenAITeacherConfig(TeacherConfig):
         """As `deepseek/deepseek-chat` by a part of the host's name, as `together_ai/...`, or by the bare name."""
         hosts = (urlsplit(self.url).hostname or "").split(".")
         return [f"{host}{suffix}/{self.model}" for host in hosts for suffix in ("", "_ai")] + [self.model]
+
+    @property
+    def address(self) -> str:
+        """Its URL without user, password and query."""
+        parts = urlsplit(self.url)
+        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
 
     def headers(self) -> dict[str, str]:
         """extra_headers with the environment's values in them.

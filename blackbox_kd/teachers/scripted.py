@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jinja2
 import jinja2.meta
 
-from blackbox_kd.errors import ConfigError
+from blackbox_kd.errors import ConfigError, RequestRejected
 from blackbox_kd.teachers.base import Reply, TeacherConfig, Transport
 
 Script = Callable[[dict[str, Any]], str]
@@ -65,6 +65,8 @@ class ScriptedTransport:
 
     async def send(self, body: dict[str, Any], path: str = "chat/completions") -> Reply:
         """A chat completion whose tokens are its words, with made-up but repeatable logprobs."""
+        if path != "chat/completions":
+            raise RequestRejected(f"the scripted teacher has no /{path}", status=404)
         self.bodies.append(body)
         text = self._script(body)
         words = [word if i == 0 else f" {word}" for i, word in enumerate(text.split(" "))]

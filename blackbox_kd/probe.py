@@ -1,0 +1,51 @@
+"""`probe`: what the teacher's endpoint can do, found out by about a dozen calls of a few tokens.
+
+    blackbox-kd probe --config quickstart
+
+Reads   nothing.    Writes   capabilities.
+A rejected call only means that the endpoint cannot do it. `teacher.capabilities` wins over what is found.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import msgspec
+
+from blackbox_kd.progress import say
+from blackbox_kd.project import Project, stage_main
+from blackbox_kd.sql import show
+from blackbox_kd.teachers.probe import capabilities, probe
+
+
+async def run(project: Project) -> dict[str, Any]:
+    """The capabilities that later stages go by, and how each was found."""
+    config = project.config.teacher
+    say(f"probing {config.model}: about a dozen short calls")
+    found = await probe(config, project.teacher.engine.call)
+    project.corpus.set_capabilities(config.model, config.address, found, run_id=project.run_id)
+    details = {name: detail for name, (_, detail) in found.items()}
+    for name in config.capabilities:
+        details[name] = f"set in teacher.capabilities; found {found[name][0]} ({details[name]})"
+    return {
+        "model": config.model,
+        "base_url": config.address,
+        "capabilities": msgspec.structs.asdict(capabilities(project.corpus, config)),
+        "details": details,
+    }
+
+
+def show_found(_: Project, result: dict[str, Any]) -> None:
+    """A row a capability."""
+    rows = [(name, str(value), result["details"][name]) for name, value in result["capabilities"].items()]
+    show(["capability", "value", "how it was found"], rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command."""
+    return stage_main("probe", __doc__, run, argv, show=show_found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""The probe against a real vLLM, on the CPU and in an environment of its own: `make test-vllm`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from blackbox_kd.__main__ import main
+from tests.conftest import GGUF
+from tests.fakes import unused_port
+from tests.test_probe import project
+
+pytestmark = [pytest.mark.slow, pytest.mark.vllm]
+
+START_S = 300.0
+OPTIONS = "--host 127.0.0.1 --dtype float32 --max-model-len 2048 --max-num-seqs 8 --enforce-eager --max-logprobs 50000"
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "2",
+}
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Base URL of a server over SmolLM2."""
+    from blackbox_kd.student.load import model_source
+
+    port, log = unused_port(), tmp_path_factory.mktemp("vllm") / "log"
+    command = [os.environ["VLLM"], "serve", model_source(GGUF), "--served-model-name", "smollm2", "--port", str(port)]
+    with (
+        log.open("wb") as said,
+        subprocess.Popen(
+            [*command, *OPTIONS.split()],
+            env=os.environ | ENVIRONMENT,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,  # it starts processes of its own
+        ) as server,
+    ):
+        try:
+            wait_for(f"http://127.0.0.1:{port}/health", server, log)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            if httpx.get(url, timeout=5, trust_env=False).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(1)
+    pytest.fail(f"vLLM did not start:\n{log.read_text()[-3000:]}")
+
+
+def test_vllm_really_is_what_the_probe_says(vllm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = project(tmp_path, {"provider": "openai", "model": "smollm2", "base_url": vllm, "api_key_env": None})
+    assert main(["probe", "--config", path, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    found = shown["capabilities"]
+    assert found.pop("determinism_nats") < 1e-2
+    assert found == {
+        "chat": True, "top_logprobs_max": 100, "has_bytes": True, "token_ids": False, "scoring": "prompt_logprobs",
+        "prefill": "continue_final_message", "n_max": 8, "seed_honoured": True, "temperature_honoured": True,
+        "reasoning_hidden": False, "rate_headers": False,
+    }, shown["details"]  # fmt: skip
+
+
+def test_an_unknown_model_is_refused(vllm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = project(tmp_path, {"provider": "openai", "model": "gpt-9", "base_url": vllm, "api_key_env": None})
+    assert main(["probe", "--config", path]) == 3
+    assert "gpt-9" in capsys.readouterr().err
