@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
-from blackbox_kd import probe as command
 from blackbox_kd.__main__ import main
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.errors import ConfigError, TeacherRefused, TransientError
 from blackbox_kd.teachers import checks, scores
 from blackbox_kd.teachers.base import Capabilities, Reply
+from blackbox_kd.teachers.caller import PATHS
 from blackbox_kd.teachers.checks import Answer
 from blackbox_kd.teachers.openai import OpenAITeacherConfig
 from blackbox_kd.teachers.probe import PREFILLS, capabilities, prefilled, probe
@@ -39,7 +39,7 @@ def probed(handler: Handler, **options: Any) -> dict[str, tuple[Any, str]]:
 
             async def ask(request: Request) -> Reply:
                 assert request.purpose == "probe"
-                return await transport.send(request.body, command.PATHS[request.endpoint])
+                return await transport.send(request.body, PATHS[request.endpoint])
 
             return await probe(config, ask)
 

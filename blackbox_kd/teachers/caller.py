@@ -39,6 +39,7 @@ class _Asking:
     writer: Writer
     read: Read
     bury: bool
+    max_retries: int
 
 
 @dataclass(slots=True)
@@ -68,9 +69,19 @@ class Caller:
         self.limiter.wake()
         self._budget.wake()
 
-    async def call(self, request: Request, work: Work, writer: Writer, read: Read, *, bury: bool) -> list[Completion]:
+    async def call(
+        self,
+        request: Request,
+        work: Work,
+        writer: Writer,
+        read: Read,
+        *,
+        bury: bool = True,
+        max_retries: int | None = None,
+    ) -> list[Completion]:
         """One request until it is answered, rejected (a dead letter, if `bury`), or has failed too often."""
-        asking = _Asking(request, work, writer, read, bury)
+        retries = self._config.max_retries if max_retries is None else max_retries
+        asking = _Asking(request, work, writer, read, bury, retries)
         try:
             return await self._call_once(asking)
         except (TransientError, RateLimited) as error:
@@ -89,7 +100,7 @@ class Caller:
         def spent(state: tenacity.RetryCallState) -> bool:
             nonlocal transient
             transient += not isinstance(_error_of(state), RateLimited)
-            return transient > self._config.max_retries
+            return transient > asking.max_retries
 
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type((TransientError, RateLimited)),

@@ -113,7 +113,9 @@ class Engine:
         await asyncio.to_thread(self._corpus.add_requests, [request])
         await self._connect()
         with Writer(self._corpus) as writer:
-            await self.caller.call(request, Work(1, self.caller.wake, "call", 1), writer, read, bury=False)
+            await self.caller.call(
+                request, Work(1, self.caller.wake, "call", 1), writer, read, bury=False, max_retries=1
+            )
         return replies[-1]
 
     async def _answers(
@@ -176,7 +178,7 @@ class Engine:
         def read(reply: Reply) -> tuple[list[Completion], Usage]:
             return self._decoder.decode(reply.data, request, self._author, round_)
 
-        completions = await self.caller.call(request, work, writer, read, bury=True)
+        completions = await self.caller.call(request, work, writer, read)
         self.asked += 1
         self._count_missing_logprobs(request, completions)
         return completions
