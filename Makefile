@@ -55,7 +55,7 @@ $(VLLM)/.installed: Makefile
 bench: setup
 	$(BIN)/python benchmarks/quickstart_seeds.py --seeds 1 2 3
 
-# collecting beside the SDK and its ideal (about 10 minutes), then 200 kills (about 15)
+# collecting beside the SDK and its ideal (about 10 minutes), then 200 kills (about 6)
 bench-collect: setup
 	$(BIN)/python benchmarks/collect.py --json > benchmarks/results/collect.json
 	$(BIN)/python benchmarks/kill.py --kills 200 --json > benchmarks/results/kill.json

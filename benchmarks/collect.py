@@ -108,7 +108,7 @@ def wide(scale: float, repeats: int, __: Path) -> Part:
 
 def stored(scale: float, _: int, out: Path) -> Part:
     """Bytes on disk."""
-    found = bytes_per_token(out, max(8, round(200 * scale)))
+    found = bytes_per_token(out, max(8, round(60 * scale)))
     _say(f"{found['bytes_per_token_top20']:.1f} bytes per token x top-20 over {found['real_tokens']} real tokens")
     return {"bytes_per_token_top20": found.pop("bytes_per_token_top20"), "raw": found}
 

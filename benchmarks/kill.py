@@ -34,6 +34,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from servers import Event, Options, read_ledger, server
+from witness import read_receipts
 
 from blackbox_kd.corpus import query
 
@@ -83,7 +84,7 @@ class Client:
 
     def __init__(self, folder: Path, url: str) -> None:
         self.corpus, self._prompts = folder / "corpus.duckdb", folder / "train.jsonl"
-        self._receipts, self._config = folder / "receipts.txt", folder / "project.json"
+        self._folder, self._config = folder, folder / "project.json"
         self.questions = self.starts = 0
         project = {
             "run_dir": str(folder / "run"),
@@ -96,7 +97,6 @@ class Client:
             "onpolicy": {"algorithm": {"name": "relabel"}},
         }  # fmt: skip
         self._config.write_text(json.dumps(project))
-        self._receipts.touch()
         self.add_prompts()
 
     def add_prompts(self) -> None:
@@ -114,7 +114,7 @@ class Client:
     def start(self) -> subprocess.Popen[bytes]:
         """A new process of the next generation."""
         self.starts += 1
-        environment = os.environ | {"WITNESS": str(self._receipts), "GENERATION": self.generation}
+        environment = os.environ | {"WITNESS": str(self._folder), "GENERATION": self.generation}
         command = [sys.executable, str(Path(__file__).with_name("witness.py")), "sample"]
         command += ["--config", str(self._config)]
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -125,11 +125,6 @@ class Client:
         said = process.communicate()[1].decode()
         if process.returncode:
             raise SystemExit(f"sample ended with {process.returncode}: {said}")
-
-    def receipts(self) -> dict[int, float]:
-        """serial -> when it was received."""
-        lines = (line.split() for line in self._receipts.read_text().splitlines())
-        return {int(serial): float(at) for serial, at in lines}
 
     def stored(self) -> set[int]:
         """Serials of the answers in the corpus."""
@@ -175,8 +170,12 @@ def torture(folder: Path, kills: int, *, seed: int, sabotage: bool) -> dict[str,
             if sabotage:
                 shutil.rmtree(f"{client.corpus}.journal", ignore_errors=True)
         client.finish()
-    unknown, stored = client.unknown(), client.stored()
-    found = verdict(read_ledger(ledger), client.receipts(), killed_at, stored, unknown)
+    events, receipts, unknown, stored = read_ledger(ledger), read_receipts(folder), client.unknown(), client.stored()
+    for event in events:
+        if event.event == "answered" and event.serial in receipts.keys() - stored:
+            before_s = killed_at.get(event.generation, 0.0) - receipts[event.serial]
+            print(f"call {event.serial} is no row; received {before_s:.3f} s before the kill", file=sys.stderr)
+    found = verdict(events, receipts, killed_at, stored, unknown)
     return {"kills": kills, **found, "questions": client.questions, "answers": len(stored), "starts": client.starts,
             "unknown_attempts": sum(unknown.values())}  # fmt: skip
 

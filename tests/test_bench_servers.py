@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ import pytest
 from kill import HANDOVER_S, UNREAD_S, verdict
 from replies import Maker
 from servers import Event, EventName, Options, Server, TokenBucket, read_ledger, server
-from witness import witnessed
+from witness import Receipts, read_receipts, witnessed
 
 
 def ask(api: Server, content: str, *, timeout: float = 5.0) -> httpx.Response:
@@ -119,13 +118,12 @@ def test_the_witness_notes_which_call_an_answer_is_from(tmp_path: Path) -> None:
     async def send(number: int, *, path: str) -> SimpleNamespace:
         return SimpleNamespace(data=b'{"content":"answer 17 to all"}')
 
-    fd = os.open(tmp_path / "receipts", os.O_WRONLY | os.O_CREAT)
     before = time.monotonic()
-    reply = asyncio.run(witnessed(send, fd)(1, path="x"))  # type: ignore[arg-type]  # a reply of another make
-    os.close(fd)
-    serial, at = (tmp_path / "receipts").read_text().split()
-    assert (int(serial), reply.data) == (17, b'{"content":"answer 17 to all"}')
-    assert before - 1e-3 < float(at) <= time.monotonic() + 1e-3
+    reply = asyncio.run(witnessed(send, Receipts(tmp_path))(1, path="x"))  # type: ignore[arg-type]  # a stand-in
+    assert reply.data == b'{"content":"answer 17 to all"}'
+    found = read_receipts(tmp_path)
+    assert list(found) == [17]
+    assert before <= found[17] <= time.monotonic()
 
 
 KILLED = 100.0
