@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import uuid
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 
 def canonical_json(value: Any) -> str:
-    """The one JSON text of a value: sorted keys, no blanks."""
-    return msgspec.json.encode(value, order="sorted").decode()
+    """The one JSON text of a value: sorted keys, no blanks, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def content_id(value: Any) -> str:
     """First 128 bits of sha256 over the canonical JSON, written as a UUID (DuckDB stores it in 16 bytes)."""
-    return str(uuid.UUID(bytes=hashlib.sha256(msgspec.json.encode(value, order="sorted")).digest()[:16]))
+    return str(uuid.UUID(bytes=hashlib.sha256(canonical_json(value).encode()).digest()[:16]))
 
 
 def file_hash(path: Path) -> str:

@@ -40,7 +40,8 @@ def test_replies_have_the_size_and_the_shape_of_the_measured_ones() -> None:
         shown = json.loads(before + b'"x"' + after)["choices"][0]["logprobs"]["content"]
         assert [len(token["top_logprobs"]) for token in shown] == [top] * tokens
         assert len({token["token"] for token in shown}) > tokens / 2
-        assert any("\ufffd" in t["token"] for token in shown for t in token["top_logprobs"])
+        cut = any("\ufffd" in t["token"] for token in shown for t in token["top_logprobs"])
+        assert cut or tokens < 100  # they are rare
         for token in shown:
             logprobs = [t["logprob"] for t in token["top_logprobs"]]
             assert logprobs == sorted(logprobs, reverse=True)

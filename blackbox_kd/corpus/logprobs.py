@@ -65,6 +65,9 @@ class Vocab:
         return token_id
 
 
+MASS_DECIMALS = 6
+"""Of `missing_mass`; more would be noise that does not pack."""
+
 _ABSENT = TopLogprob(token="", logprob=-np.inf, id=0)
 
 
@@ -97,7 +100,7 @@ def table(scored: Sequence[tuple[Completion, str]], vocab: Vocab) -> pa.Table:
             "top_ids": _lists(pa.array(spread, mask=~places), slots_of),
             "top_logprobs": _lists(_nats(top_values), slots_of),
             "k": widths,
-            "missing_mass": _lists(pa.array(np.concatenate([*mass, []])), sizes),
+            "missing_mass": _lists(pa.array(np.round(np.concatenate([*mass, []]), MASS_DECIMALS)), sizes),
         }
     )
 
