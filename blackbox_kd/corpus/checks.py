@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import duckdb
 
 from blackbox_kd.corpus.connection import READ_WAIT_S, connect
-from blackbox_kd.corpus.journal import read_segment, torn
+from blackbox_kd.corpus.journal import damaged, read_segment
 from blackbox_kd.corpus.store import SCHEMA_VERSION
 from blackbox_kd.errors import CorpusError
 from blackbox_kd.hashing import content_id
@@ -159,7 +159,8 @@ def _segment(path: Path) -> Finding:
             records = len(read_segment(path))
         except CorpusError as error:
             return Finding("journal", "fix", str(error), "run any stage with the version that wrote it")
-        cut = ", its end is torn (a kill or a full disk): what was whole is kept" if torn(path) else ""
+        lost = damaged(path)
+        cut = f", {lost} more cannot be read (a kill, a full disk or a bad one): what is whole is kept" if lost else ""
         return Finding("journal", "fix", f"{records} records wait in {path.name}{cut}",
                        "run any stage, or `blackbox-kd compact`: both ingest it")  # fmt: skip
 

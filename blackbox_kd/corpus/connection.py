@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ import duckdb
 import tenacity
 
 from blackbox_kd.errors import CorpusBusy, CorpusError
+from blackbox_kd.progress import say
 
 READ_WAIT_S = 10.0
 """How long a reader waits for a writer; a run holds the file for a fraction of a second at a time."""
-
+SAY_HELD_S = 5.0
+"""After so long, a person is told who holds it."""
 
 NEW_FILE_BYTES = 12288
 """A DuckDB file has three headers of 4 kB; a smaller one is being made, or is none."""
@@ -133,6 +135,7 @@ def _open(path: Path, *, read_only: bool, wait_s: float) -> duckdb.DuckDBPyConne
         retry=tenacity.retry_if_exception(lambda error: _is_locked(error) or _is_being_made(path, error)),
         wait=tenacity.wait_random(0.02, 0.1),
         stop=tenacity.stop_after_delay(wait_s),
+        before_sleep=_say_waiting(path),
         reraise=True,
     )
     try:
@@ -140,10 +143,26 @@ def _open(path: Path, *, read_only: bool, wait_s: float) -> duckdb.DuckDBPyConne
     except duckdb.Error as error:
         if not _is_locked(error):
             raise CorpusError(f"cannot open {path}: {_one_line(error)}") from error
-        holder = str(error).partition("held in ")[2].partition(". ")[0] or "unknown"
-        raise CorpusBusy(
-            f"{path} is held open by another program ({holder}) for over {wait_s:.0f} s; close it there"
-        ) from error
+        waited = f" for over {wait_s:.0f} s" if wait_s >= 1 else ""
+        raise CorpusBusy(f"{_held(path, error)}{waited}; close it there") from error
+
+
+def _held(path: Path, error: BaseException) -> str:
+    holder = str(error).partition("held in ")[2].partition(". ")[0] or "unknown"
+    return f"{path} is held open by another program ({holder})"
+
+
+def _say_waiting(path: Path) -> Callable[[tenacity.RetryCallState], None]:
+    said = False
+
+    def look(state: tenacity.RetryCallState) -> None:
+        nonlocal said
+        error = state.outcome.exception() if state.outcome else None
+        if error and not said and (state.seconds_since_start or 0) > SAY_HELD_S:
+            said = True
+            say(f"{_held(path, error)}; waiting until it lets go")
+
+    return look
 
 
 def _is_locked(error: BaseException) -> bool:

@@ -53,14 +53,24 @@ class Segment:
     """This process's part of the journal, locked while it is open."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        """Raises:
+        CorpusError: no file can be made there.
+        """
         self.path = folder / f"{time.time_ns()}-{os.getpid()}.journal"
-        unlocked = self.path.with_suffix(".new")  # nobody may take it for a leftover before it is locked
-        self._fd = os.open(unlocked, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_EXCL, 0o600)
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
-        unlocked.rename(self.path)
         self.size = 0
         """Bytes."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._fd = self._create()
+        except OSError as error:
+            raise CorpusError(f"cannot make the journal {self.path}: {error.strerror}") from error
+
+    def _create(self) -> int:
+        unlocked = self.path.with_suffix(".new")  # nobody may take it for a leftover before it is locked
+        fd = os.open(unlocked, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_EXCL, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        unlocked.rename(self.path)
+        return fd
 
     def append(self, record: Record) -> None:
         """Hand the record to the operating system in one write: it survives a kill of this process.
@@ -92,22 +102,28 @@ def read_segment(path: Path) -> list[Record]:
     Raises:
         CorpusError: a record that this version does not know.
     """
-    data, records, offset = path.read_bytes(), [], 0
-    while offset + _FRAME.size <= len(data):
-        length, crc = _FRAME.unpack_from(data, offset)
+    try:
+        return [_decoder.decode(payload) for payload in _payloads(path.read_bytes()) if payload is not None]
+    except msgspec.DecodeError as error:
+        raise CorpusError(f"{path} was written by another version of blackbox_kd ({error}); ingest it there") from error
+
+
+def damaged(path: Path) -> int:
+    """Records of a segment that cannot be read; a torn end counts as one."""
+    return sum(payload is None for payload in _payloads(path.read_bytes()))
+
+
+def _payloads(data: bytes) -> Iterator[bytes | None]:
+    """The bytes of each record; None for one that has changed, and for an end that is none."""
+    offset = 0
+    while offset < len(data):
+        length, crc = _FRAME.unpack_from(data, offset) if offset + _FRAME.size <= len(data) else (0, 0)
         payload = data[offset + _FRAME.size : offset + _FRAME.size + length]
         if len(payload) != length or length == 0:  # torn, or the zeros that a power failure leaves
-            break
+            yield None
+            return
+        yield payload if zlib.crc32(payload) == crc else None
         offset += _FRAME.size + length
-        if zlib.crc32(payload) != crc:
-            continue
-        try:
-            records.append(_decoder.decode(payload))
-        except msgspec.DecodeError as error:
-            raise CorpusError(
-                f"{path} was written by another version of blackbox_kd ({error}); ingest it there"
-            ) from error
-    return records
 
 
 def leftovers(folder: Path) -> Iterator[tuple[Path, list[Record]]]:
@@ -126,14 +142,3 @@ def leftovers(folder: Path) -> Iterator[tuple[Path, list[Record]]]:
                 yield path, read_segment(path)
         finally:
             os.close(fd)
-
-
-def torn(path: Path) -> bool:
-    """Whether the segment ends in the middle of a record."""
-    data, offset = path.read_bytes(), 0
-    while offset + _FRAME.size <= len(data):
-        length, _ = _FRAME.unpack_from(data, offset)
-        if length == 0:
-            break
-        offset += _FRAME.size + length
-    return offset != len(data)

@@ -15,10 +15,11 @@ import msgspec
 
 from blackbox_kd.corpus.connection import connect
 from blackbox_kd.corpus.ingest import Row, completion_row, ingest, insert, insert_logprobs, timestamp
-from blackbox_kd.corpus.journal import Record, leftovers
+from blackbox_kd.corpus.journal import Record, damaged, leftovers
 from blackbox_kd.corpus.logprobs import Vocabs
 from blackbox_kd.errors import CorpusBusy, CorpusError
 from blackbox_kd.hashing import canonical_json, content_id
+from blackbox_kd.progress import say
 from blackbox_kd.types import (
     Completion,
     Feedback,
@@ -45,6 +46,8 @@ class Corpus:
         self.path = path
         self.journal = path.with_name(path.name + ".journal")
         self.lock_wait_s = lock_wait_s
+        self.busy: CorpusBusy | None = None
+        """Why the last `try_ingest` could not."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -68,6 +71,11 @@ class Corpus:
         """Ingest what processes that are gone left in the journal; returns the number of answers found."""
         found = 0
         for path, records in leftovers(self.journal):
+            if unreadable := damaged(path):
+                say(
+                    f"{path}: {unreadable} of its records cannot be read (a kill, a full disk or a bad one); "
+                    f"{len(records)} are whole and kept, what is missing is asked again"
+                )
             with self.connect() as con:
                 ingest(con, records, Vocabs(), orphaned=True)
             path.unlink()
@@ -85,7 +93,8 @@ class Corpus:
         try:
             with self.connect(wait_s=wait_s) as con:
                 ingest(con, records, vocabs or Vocabs())
-        except CorpusBusy:
+        except CorpusBusy as error:
+            self.busy = error
             return False
         return True
 

@@ -6,6 +6,7 @@ import threading
 import time
 from types import TracebackType
 
+from blackbox_kd.corpus.connection import SAY_HELD_S
 from blackbox_kd.corpus.journal import Answered, Record, Segment, Sent
 from blackbox_kd.corpus.logprobs import Vocabs
 from blackbox_kd.corpus.store import Corpus
@@ -16,7 +17,6 @@ BATCH_S = 1.0
 """Between two ingests; in between, the file is free. Opening and closing it takes as long as hundreds of rows."""
 SEGMENT_BYTES = 1 << 26
 """A journal segment that has grown so large is replaced once all of it is in DuckDB."""
-SAY_HELD_S = 5.0
 
 
 class Writer:
@@ -43,18 +43,23 @@ class Writer:
         """Keep a record. What the thread could not store is raised here, before more is paid for.
 
         Raises:
-            CorpusError: the journal cannot be written.
+            CorpusError: the journal cannot be written; an answer goes to DuckDB all the same.
         """
         with self._lock:
-            self._segment.append(record)
-            if isinstance(record, Sent):
-                self._in_flight[record.attempt_id] = record
-            else:
-                self._in_flight.pop(record.attempt.attempt_id, None)
-                self._unstored.add(record.attempt.request_key)
-                self._waiting.append(record)
+            try:
+                self._segment.append(record)
+            finally:
+                self._note(record)
         if self._error:
             raise self._error
+
+    def _note(self, record: Record) -> None:
+        if isinstance(record, Sent):
+            self._in_flight[record.attempt_id] = record
+        else:
+            self._in_flight.pop(record.attempt.attempt_id, None)
+            self._unstored.add(record.attempt.request_key)
+            self._waiting.append(record)
 
     def unstored(self) -> set[str]:
         """request_keys with an outcome that is in the journal, and not yet in DuckDB."""
@@ -73,8 +78,8 @@ class Writer:
             raise self._error
         if self._waiting and not self._error:  # going on would train on fewer rows than were paid for
             message = (
-                f"{self._corpus.path} is held open by another program; {len(self._waiting)} records wait in "
-                f"{self._segment.path}, the next stage ingests them"
+                f"{self._corpus.busy}; {len(self._waiting)} records wait in {self._segment.path}, "
+                "the next stage ingests them"
             )
             if error is None:
                 raise CorpusBusy(message)
@@ -108,7 +113,7 @@ class Writer:
             self._held_since = now
         elif now - self._held_since > SAY_HELD_S:
             self._held_since = float("inf")  # once is enough
-            say(f"{self._corpus.path} is held open by another program; what is received waits in {self._segment.path}")
+            say(f"{self._corpus.busy}; what is received waits in {self._segment.path}")
 
     def _rotate(self) -> None:
         """Start a new segment, so that a long run does not keep all that it ever received twice."""

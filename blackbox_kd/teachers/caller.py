@@ -12,7 +12,14 @@ import tenacity
 
 from blackbox_kd.corpus.journal import Answered, Sent
 from blackbox_kd.corpus.writer import Writer
-from blackbox_kd.errors import RateLimited, RequestRejected, TeacherError, TeacherRefused, TransientError
+from blackbox_kd.errors import (
+    CorpusError,
+    RateLimited,
+    RequestRejected,
+    TeacherError,
+    TeacherRefused,
+    TransientError,
+)
 from blackbox_kd.progress import say
 from blackbox_kd.teachers.base import Reply, TeacherConfig, Transport
 from blackbox_kd.teachers.budget import Budget, completion_bound, prompt_bound
@@ -210,6 +217,8 @@ def _wait_s(state: tenacity.RetryCallState) -> float:
 
 def _failed(error: BaseException) -> dict[str, Any]:
     """An attempt without an answer. No status: the connection died, and nobody knows whether the call was paid for."""
+    if isinstance(error, CorpusError):  # the journal could not be written, and so it did not leave
+        return {"error": str(error), "billed": False}
     if not isinstance(error, TeacherError):
         return {"error": f"interrupted: {type(error).__name__}"}
     found = {"billed": None if error.status in (None, 200) else False, "status": error.status,

@@ -194,7 +194,6 @@ class Limiter:
         now, asked = self._clock(), error.retry_after_s
         self.limited_calls += 1
         self._settle(permit, 0)
-        self._read(error.headers)
         if asked is not None and asked > self.give_up_s:
             raise TeacherUnreachable(
                 f"the teacher wants a pause of {asked:.0f} s, more than teacher.give_up_s ({self.give_up_s:.0f}): "
@@ -204,6 +203,7 @@ class Limiter:
         current = permit.epoch == self._epoch
         if current:
             self._slow_down(now)
+        self._read(error.headers)  # a limit that is first told now was not known when the call left: nothing to cut
         if asked:
             self._gate = max(self._gate, now + asked * random.uniform(1.0, 1.05))
         elif current and (self._backoffs or not self._delivered.rate(now)):  # no answer since the last 429
