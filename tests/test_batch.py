@@ -15,7 +15,7 @@ from blackbox_kd import sample
 from blackbox_kd.config import SampleConfig
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.errors import BudgetExhausted, ConfigError, TeacherError, TeacherRefused, TeacherUnreachable
-from blackbox_kd.teachers.batch import Batches
+from blackbox_kd.teachers.batch.batches import Batches
 from blackbox_kd.teachers.batch.ledger import Ledger
 from blackbox_kd.teachers.batch.lines import question_line
 from blackbox_kd.teachers.batch.submit import Packer

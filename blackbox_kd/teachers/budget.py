@@ -105,6 +105,8 @@ class Budget:
             )
         self.caps, self.price = caps, price
         self.spent, self.reserved = Amount(), Amount()
+        self.under_way = Amount()
+        """The worst case of what is in batches."""
         self._settled = asyncio.Event()
 
     def amount(self, usage: Usage) -> Amount:
@@ -118,6 +120,7 @@ class Budget:
         Raises:
             ConfigError: see `worst_case`.
         """
+        self.under_way = Amount()
         unpriced = self.amount(billed.unpriced)
         self.spent = Amount(billed.cost_usd + unpriced.usd, billed.tokens, billed.calls)
         for body in billed.uncertain:
@@ -134,7 +137,7 @@ class Budget:
         if not self.caps.any:
             return Amount()
         worst = self.amount(worst_case(body))
-        while not stopped() and (over := self._over(self.spent + self.reserved + worst)):
+        while not stopped() and (over := self._over(self.spent + self.under_way + self.reserved + worst)):
             if not self.reserved.requests:
                 raise self._exhausted(over)
             self._settled.clear()
@@ -144,8 +147,16 @@ class Budget:
         self.reserved += worst
         return worst
 
-    def take(self, body: dict[str, Any], price_factor: float) -> None:
-        """Set the worst case of a question of a batch aside, for good.
+    def commit(self, body: dict[str, Any]) -> None:
+        """A question is in a batch already: its worst case counts until the history is counted again."""
+        self.under_way += self._in_batch(body)
+
+    def _in_batch(self, body: dict[str, Any]) -> Amount:
+        worst = self.amount(worst_case(body))
+        return Amount(worst.usd * (self.price.batch_factor if self.price else 1.0), worst.tokens, worst.requests)
+
+    def take(self, body: dict[str, Any]) -> None:
+        """As `commit`, for a question that is to be put into one.
 
         Raises:
             BudgetExhausted: it does not fit.
@@ -153,11 +164,10 @@ class Budget:
         """
         if not self.caps.any:
             return
-        worst = self.amount(worst_case(body))
-        worst = Amount(worst.usd * price_factor, worst.tokens, worst.requests)
-        if over := self._over(self.spent + self.reserved + worst):
+        worst = self._in_batch(body)
+        if over := self._over(self.spent + self.under_way + self.reserved + worst):
             raise self._exhausted(over)
-        self.reserved += worst
+        self.under_way += worst
 
     def _exhausted(self, over: str) -> BudgetExhausted:
         return BudgetExhausted(f"stopped at the budget: {over} ({self.line()}); a higher cap goes on from here")
@@ -194,6 +204,6 @@ class Budget:
         parts = []
         for name, form in (("usd", ".4f"), ("tokens", "d"), ("requests", "d")):
             if (cap := getattr(self.caps, f"max_{name}")) is not None:
-                spent, reserved = getattr(self.spent, name), getattr(self.reserved, name)
+                spent, reserved = getattr(self.spent, name), getattr(self.reserved + self.under_way, name)
                 parts.append(f"{name} {spent:{form}} + {reserved:{form}} of {cap:g}")
         return ", ".join(parts)

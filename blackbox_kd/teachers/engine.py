@@ -16,6 +16,7 @@ from blackbox_kd.corpus.writer import Writer
 from blackbox_kd.errors import TeacherRefused
 from blackbox_kd.progress import counting, say
 from blackbox_kd.teachers.base import Reply, TeacherConfig
+from blackbox_kd.teachers.batch.ledger import Ledger
 from blackbox_kd.teachers.budget import Budget, BudgetConfig
 from blackbox_kd.teachers.caller import Caller
 from blackbox_kd.teachers.live import Pulse
@@ -53,6 +54,7 @@ class Engine:
         self._stack = AsyncExitStack()
         self._connecting = asyncio.Lock()
         self._open: list[Work] = []
+        self._in_batches: set[str] = set()
         self.asked = self.cached = self.missing_logprobs = 0
         self._missing_in_a_row = 0
 
@@ -121,6 +123,7 @@ class Engine:
     async def _answers(
         self, work: Work, requests: Iterable[Request], round_: int, known: bool
     ) -> AsyncGenerator[list[Completion], None]:
+        self._in_batches = {key for batch in Ledger(self._corpus.path).batches() for key in batch.keys}
         with Writer(self._corpus) as writer, counting(work.description, work.total) as progress:
             self._open.append(work)
             work.start(
@@ -149,7 +152,14 @@ class Engine:
     async def _look_up(self, chunk: list[Request], work: Work, writer: Writer, known: bool) -> list[Request]:
         """What of a chunk is to be asked."""
         unique = {request.request_key: request for request in chunk}
-        settling = work.open | writer.unstored()  # taken first: what leaves it from now on is seen in the corpus
+        in_batches = self._in_batches & unique.keys()
+        if in_batches:
+            say(
+                f"{len(in_batches)} questions are under way in a batch and not asked here: --sample.batch true waits for it"
+            )
+        settling = (
+            work.open | in_batches | writer.unstored()
+        )  # taken first: what leaves it from now on is seen in the corpus
         await asyncio.to_thread(self._corpus.add_requests, list(unique.values()))
         answered, dead = await asyncio.to_thread(self._corpus.settled, list(unique))
         if known and answered:
@@ -162,9 +172,14 @@ class Engine:
         return todo
 
     async def count_history(self) -> None:
-        """What earlier starts of this run were billed counts against its caps."""
-        if self.budget.caps.any:
-            self.budget.count_history(await asyncio.to_thread(self._corpus.billed, self._run_id))
+        """What earlier starts of this run were billed, and what it has in batches, counts against its caps."""
+        if not self.budget.caps.any:
+            return
+        self.budget.count_history(await asyncio.to_thread(self._corpus.billed, self._run_id))
+        for batch in Ledger(self._corpus.path).batches():
+            if batch.run_id == self._run_id:
+                for request in self._corpus.requests(batch.keys).values():
+                    self.budget.commit(request.body)
 
     async def _connect(self) -> None:
         async with self._connecting:

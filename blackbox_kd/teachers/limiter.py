@@ -28,6 +28,10 @@ HEADROOM = 0.99
 """Of what the rate headers allow."""
 PROBE_S, PROBE, NEAR, NEAR_PROBE = 0.5, 1.04, 0.95, 1.01
 """Every PROBE_S without a 429 the pace is raised, more carefully near the one that was too fast."""
+PAST, FREE_PROBE = 1.1, 1.25
+"""A pace so far past the one that was too fast meets another limit than that one: it grows quickly."""
+MOST_PROBES = 20
+"""At once, after a pause."""
 SLOT_S = 0.1
 SLOTS = 30
 """Answers are counted in slots, for the last 3 seconds."""
@@ -229,21 +233,23 @@ class Limiter:
 
     def _slow_down(self, now: float) -> None:
         delivered, rate = self._delivered.rate(now), self.requests.rate
-        if rate is not None:
+        if rate is not None and not self._backoffs:  # with no answer since the last cut, there is nothing to learn
             self._too_fast = rate
             self.requests.rate = max(rate / 2, min(rate * NEAR, delivered))
-        elif delivered:
+        elif rate is None and delivered:
             self._too_fast = self.requests.rate = delivered
         self._epoch += 1
         self._clean, self._peak, self._changed_at = 0, self.in_flight, now
 
     def _raise_pace(self, now: float) -> None:
+        """Once for every PROBE_S that has passed, so that a slow pace recovers as fast as a fast one."""
         rate = self.requests.rate
-        if rate is None or self._too_fast is None or now - self._changed_at < PROBE_S:
+        if rate is None or self._too_fast is None:
             return
-        step = PROBE if rate < NEAR * self._too_fast else NEAR_PROBE
-        self.requests.rate = min(rate * step, self._cap or float("inf"))
-        self._changed_at = now
+        for _ in range(min(MOST_PROBES, int((now - self._changed_at) / PROBE_S))):
+            rate *= _step(rate / self._too_fast)
+            self._changed_at = now
+        self.requests.rate = min(rate, self._cap or float("inf"))
 
     def _read(self, headers: Mapping[str, str]) -> None:
         cap = _per_second(headers, REQUEST_LIMITS)
@@ -258,6 +264,13 @@ class Limiter:
             raise TeacherUnreachable(
                 f"nothing but {what} for {silent_s:.0f} s (teacher.give_up_s is {self.give_up_s:.0f}); run again later"
             )
+
+
+def _step(share: float) -> float:
+    """Of the pace, which is that share of the one that was too fast."""
+    if share < NEAR:
+        return PROBE
+    return NEAR_PROBE if share < PAST else FREE_PROBE
 
 
 def _per_second(headers: Mapping[str, str], names: tuple[str, ...]) -> float | None:

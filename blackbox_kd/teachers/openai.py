@@ -70,18 +70,30 @@ class OpenAITeacherConfig(TeacherConfig):
             from blackbox_kd.teachers.sdk import client_class
 
             client_class(self.client)
-        if not self.url.startswith(("http://", "https://")):
-            raise ConfigError(f"teacher.base_url must start with http:// or https://, it is {self.url!r}")
+        try:
+            parts = urlsplit(self.url)
+            whole = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        except ValueError:
+            whole = False
+        if not whole:
+            raise ConfigError(f"teacher.base_url must be http://HOST[:PORT]/... or https://, it is {self.address!r}")
+        if parts.username or parts.password:
+            raise ConfigError(
+                "teacher.base_url holds a user or a password, and it is written to the run directory: "
+                "send them as teacher.extra_headers {Authorization: $NAME} with the environment variable NAME"
+            )
 
     def connect(self) -> AbstractAsyncContextManager[Transport]:
         """The transport that the config names."""
         return {"fast": self._open_fast, "openai": self.open_sdk}[self.transport]()
 
     def _open_fast(self) -> AbstractAsyncContextManager[Transport]:
+        headers = self.headers()
         return open_fast(
             self.url,
             api_key(self.api_key_env),
-            self.headers(),
+            headers,
+            secrets=_secrets(self.extra_headers, headers),
             concurrency=self.concurrency,
             timeout_s=self.timeout_s,
         )
@@ -98,7 +110,7 @@ class OpenAITeacherConfig(TeacherConfig):
             self.client,
             {**credentials, **address, **options},
             headers=headers,
-            secrets=[key, *headers.values(), *_secrets(self.client_options, options)],
+            secrets=[key, *_secrets(self.extra_headers, headers), *_secrets(self.client_options, options)],
             concurrency=self.concurrency,
             timeout_s=self.timeout_s,
         )

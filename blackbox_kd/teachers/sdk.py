@@ -112,4 +112,4 @@ async def open_sdk(
             raise ConfigError(f"teacher.client_options: {client} says: {said}") from error
         async with made:
             await list_models(made, str(made.base_url))
-            yield SdkTransport(made, timeout_s, Mask([*secrets, made.api_key]))
+            yield SdkTransport(made, timeout_s, Mask(secrets))

@@ -95,7 +95,7 @@ class Teacher(Questions):
         """How the stage `sample` asks: one call a question, or many questions a batch."""
         if not config.batch:
             return self.complete
-        from blackbox_kd.teachers.batch import Batches  # with the SDK, which takes half a second
+        from blackbox_kd.teachers.batch.batches import Batches  # with the SDK, which takes half a second
 
         return Batches(self.config, config, self.corpus, self.run_id, self.engine).complete
 

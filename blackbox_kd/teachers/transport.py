@@ -20,6 +20,10 @@ if TYPE_CHECKING:  # half a second, and only needed once there is something to a
     import openai
 
 
+SECRET_CHARS = 8
+"""Keys are longer."""
+
+
 class FastTransport:
     """POST {base_url}/{path}."""
 
@@ -43,8 +47,8 @@ class Mask:
     """Hides secrets in whatever the endpoint sends: some say which key they did not like."""
 
     def __init__(self, secrets: Iterable[str | None]) -> None:
-        # A shorter header is no key, and its text may stand in any reply.
-        self._secrets = [secret.encode() for secret in secrets if secret and len(secret) >= 8]
+        # A shorter one is no key, and its text may stand in any reply.
+        self._secrets = [secret.encode() for secret in secrets if secret and len(secret) >= SECRET_CHARS]
 
     def __call__(self, data: bytes) -> bytes:
         """The same bytes with *** in the place of each secret."""
@@ -64,11 +68,12 @@ async def open_fast(
     key: str | None,
     headers: Mapping[str, str],
     *,
+    secrets: Iterable[str | None] = (),
     concurrency: int,
     timeout_s: float,
     trust_env: bool = True,
 ) -> AsyncIterator[FastTransport]:
-    """A transport over a pool as wide as the work.
+    """A transport over a pool as wide as the work; `secrets`, beside the key, are masked in what it receives.
 
     `trust_env` honours the proxy and CA variables of the environment.
     """
@@ -82,7 +87,7 @@ async def open_fast(
         proxy=proxy,
         proxy_auth=proxy_auth,
     ) as session:
-        yield FastTransport(session, base_url, [key, *headers.values()])
+        yield FastTransport(session, base_url, [key, *secrets])
 
 
 def _proxy(base_url: str) -> tuple[URL | None, aiohttp.BasicAuth | None]:

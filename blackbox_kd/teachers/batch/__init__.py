@@ -4,7 +4,3 @@ new questions -> ledger -> upload -> create -> a look now and then -> download -
 
 https://platform.openai.com/docs/guides/batch
 """
-
-from blackbox_kd.teachers.batch.batches import Batches
-
-__all__ = ["Batches"]

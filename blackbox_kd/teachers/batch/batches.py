@@ -61,6 +61,7 @@ class Batches:
             async with aclosing(collector.collect(waiting, description)) as completions:
                 async for completion in completions:
                     yield completion
+        await self._engine.count_history()
         self._conclude()
 
     def _conclude(self) -> None:
@@ -70,7 +71,6 @@ class Batches:
     def _plan(self, requests: Iterable[Request], description: str) -> list[Batch]:
         """Whom to wait for: batches under way that hold some of these questions, and new ones for the rest."""
         under_way = self._ledger.batches()
-        self._reserve_for(under_way)
         holder = {key: batch for batch in under_way for key in batch.keys}
         waiting: dict[str, Batch] = {}
         packer = Packer(self._run_id, self._sample.batch_max_requests)
@@ -87,19 +87,11 @@ class Batches:
             say(f"{others} batches of other questions are under way; the command that asked them collects them")
         return list(waiting.values())
 
-    def _reserve_for(self, batches: list[Batch]) -> None:
-        """What this run has under way will be billed."""
-        for batch in batches if self._engine.budget.caps.any else ():
-            if batch.run_id == self._run_id:
-                for request in self._corpus.requests(batch.keys).values():
-                    self._fits(request)
-
     def _fits(self, request: Request) -> bool:
         """Once one does not, none does: questions are asked in order."""
-        price = self._engine.budget.price
         try:
             if not self._full:
-                self._engine.budget.take(request.body, price.batch_factor if price else 1.0)
+                self._engine.budget.take(request.body)
         except BudgetExhausted as error:
             self._full = error
         return self._full is None
