@@ -114,7 +114,7 @@ def test_what_one_fault_left_open_is_said_at_the_end(tmp_path: Path, capsys: pyt
 
 @pytest.mark.parametrize("retry_after", [True, False], ids=["with Retry-After", "without"])
 def test_a_storm_of_429s_wastes_few_calls_and_everybody_is_answered(corpus: Corpus, retry_after: bool) -> None:
-    many, per_s = 120, 60
+    many, per_s, most = 150, 60, 32
     bucket = TokenBucket(per_s)
     bucket.take(0.0)
 
@@ -124,10 +124,10 @@ def test_a_storm_of_429s_wastes_few_calls_and_everybody_is_answered(corpus: Corp
         return error_reply(429, "slow down", headers=headers) if wait_s else echo(body)
 
     with served(FakeAPI(limited, delay_s=0.02)) as api:
-        found, engine = ask(config(api.url, concurrency=64, max_retries=0), corpus, questions(many))
+        found, engine = ask(config(api.url, concurrency=most, max_retries=0), corpus, questions(many))
     assert texts(found) == echoes(*range(many))
     wasted = len(api.bodies) - many
-    assert 0 < wasted < 0.3 * many
+    assert 0 < wasted <= most + 0.1 * many  # one window found the limit, hardly a call after it
     assert engine.caller.limiter.limited_calls == wasted
     rows = corpus.rows("SELECT status, billed, count(*) FROM attempts GROUP BY ALL ORDER BY ALL")
     assert rows == [(200, True, many), (429, False, wasted)]
