@@ -23,7 +23,7 @@ from blackbox_kd import sample
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.corpus.checks import findings
 from blackbox_kd.corpus.journal import leftovers
-from blackbox_kd.errors import CorpusBusy, CorpusError, TeacherUnreachable
+from blackbox_kd.errors import CorpusBusy, TeacherUnreachable
 from blackbox_kd.teachers.engine import Engine
 from tests.conftest import RUN_ID
 from tests.fakes import Answer, FakeAPI, chat_reply, cut_short, error_reply, reset, served
@@ -31,13 +31,11 @@ from tests.records import held_open, let_go
 from tests.test_engine import (
     ask,
     attempts,
-    by_number,
     cancelled_in_the_middle,
     config,
     count,
     echo,
     echoes,
-    first_then_echo,
     question,
     questions,
     stored,
@@ -80,8 +78,18 @@ def always(fault: Faulty) -> FakeAPI:
         (stalled, ".*Timeout.*", None),
     ],
     ids=[
-        "500", "502", "503", "529", "reset", "cut short", "no JSON", "wrong shape", "no choices", "error in 200", "stall",
-    ],  # fmt: skip
+        "500",
+        "502",
+        "503",
+        "529",
+        "reset",
+        "cut short",
+        "no JSON",
+        "wrong shape",
+        "no choices",
+        "error in 200",
+        "stall",
+    ],
 )
 def test_a_fault_that_stays_is_one_line_and_the_same_command_goes_on_when_it_has_passed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: Faulty, said: str, billed: bool | None
@@ -144,7 +152,9 @@ def test_a_pause_that_is_too_long_stops_the_stage_and_keeps_what_was_received(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def two_then_tomorrow(body: dict[str, Any], _: web.Request) -> Answer:
-        return echo(body) if len(api.bodies) <= 2 else error_reply(429, "quota of today", headers={"retry-after": "9999"})
+        return (
+            echo(body) if len(api.bodies) <= 2 else error_reply(429, "quota of today", headers={"retry-after": "9999"})
+        )
 
     with served(FakeAPI(two_then_tomorrow)) as api:
         assert sample.main(["--config", write_config(tmp_path, api.url, teacher={"concurrency": 1})]) == 3
@@ -160,9 +170,7 @@ def test_an_endpoint_that_only_fails_is_given_up_after_a_while(corpus: Corpus, s
     with served(FakeAPI(lambda *_: error_reply(status))) as api, pytest.raises(TeacherUnreachable) as raised:
         ask(config(api.url, give_up_s=0.4, max_retries=50), corpus, questions(2))
     what = {429: "rate limits", 500: "failures"}[status]
-    assert re.fullmatch(
-        rf"nothing but {what} for \d s \(teacher\.give_up_s is 0\); run again later", str(raised.value)
-    )
+    assert re.fullmatch(rf"nothing but {what} for \d s \(teacher\.give_up_s is 0\); run again later", str(raised.value))
     assert {s for (s,) in attempts(corpus, "status")} == {status}
     assert count(corpus, "pending") == 2
 
@@ -251,7 +259,7 @@ def test_a_journal_that_cannot_be_made_is_said_before_anything_is_asked(
 # Somebody else at the file
 
 
-def while_held(corpus: Corpus, requests: int, capsys: pytest.CaptureFixture[str] | None = None) -> tuple[str, int]:
+def while_held(corpus: Corpus, requests: int) -> tuple[str, int]:
     """Ask while another process holds the file from the first question on: the error, and that process's id."""
     with ExitStack() as stack:
         holders: list[subprocess.Popen[str]] = []
@@ -349,8 +357,3 @@ def test_two_runs_that_ask_the_same_at_the_same_time_both_finish_and_no_row_is_d
     assert list(corpus.journal.glob("*.journal")) == []
     for out, _ in ends:
         assert json.loads(out)["answers"] == total
-
-
-def test_corpus_errors_are_not_a_teachers() -> None:
-    assert issubclass(CorpusBusy, CorpusError)
-    assert CorpusBusy.exit_code == 2

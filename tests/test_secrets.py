@@ -45,7 +45,7 @@ def test_an_endpoint_that_repeats_the_key_in_all_it_says_does_not_get_it_written
     seen: list[str] = []
     beats: list[bytes] = []
 
-    async def tells(body: dict[str, Any], request: web.Request) -> Answer:
+    def tells(body: dict[str, Any], request: web.Request) -> Answer:
         seen.extend(told(tmp_path))
         beats.extend(path.read_bytes() for path in tmp_path.rglob("*.status.json"))
         number, said = len(api.bodies), f"caller {request.headers['authorization']} is odd"
