@@ -23,7 +23,7 @@ from blackbox_kd import sample
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.corpus.checks import findings
 from blackbox_kd.corpus.journal import leftovers
-from blackbox_kd.errors import CorpusBusy, CorpusError, TeacherUnreachable
+from blackbox_kd.errors import CorpusBusy, TeacherUnreachable
 from blackbox_kd.teachers.engine import Engine
 from tests.conftest import RUN_ID
 from tests.fakes import Answer, FakeAPI, chat_reply, cut_short, error_reply, reset, served
@@ -89,7 +89,7 @@ def always(fault: Faulty) -> FakeAPI:
         "no choices",
         "error in 200",
         "stall",
-    ],  # fmt: skip
+    ],
 )
 def test_a_fault_that_stays_is_one_line_and_the_same_command_goes_on_when_it_has_passed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: Faulty, said: str, billed: bool | None
@@ -122,7 +122,7 @@ def test_what_one_fault_left_open_is_said_at_the_end(tmp_path: Path, capsys: pyt
 
 @pytest.mark.parametrize("retry_after", [True, False], ids=["with Retry-After", "without"])
 def test_a_storm_of_429s_wastes_few_calls_and_everybody_is_answered(corpus: Corpus, retry_after: bool) -> None:
-    many, per_s = 120, 60
+    many, per_s, most = 150, 60, 32
     bucket = TokenBucket(per_s)
     bucket.take(0.0)
 
@@ -132,10 +132,10 @@ def test_a_storm_of_429s_wastes_few_calls_and_everybody_is_answered(corpus: Corp
         return error_reply(429, "slow down", headers=headers) if wait_s else echo(body)
 
     with served(FakeAPI(limited, delay_s=0.02)) as api:
-        found, engine = ask(config(api.url, concurrency=64, max_retries=0), corpus, questions(many))
+        found, engine = ask(config(api.url, concurrency=most, max_retries=0), corpus, questions(many))
     assert texts(found) == echoes(*range(many))
     wasted = len(api.bodies) - many
-    assert 0 < wasted < 0.3 * many
+    assert 0 < wasted <= most + 0.1 * many  # one window found the limit, hardly a call after it
     assert engine.caller.limiter.limited_calls == wasted
     rows = corpus.rows("SELECT status, billed, count(*) FROM attempts GROUP BY ALL ORDER BY ALL")
     assert rows == [(200, True, many), (429, False, wasted)]
@@ -259,7 +259,7 @@ def test_a_journal_that_cannot_be_made_is_said_before_anything_is_asked(
 # Somebody else at the file
 
 
-def while_held(corpus: Corpus, requests: int, capsys: pytest.CaptureFixture[str] | None = None) -> tuple[str, int]:
+def while_held(corpus: Corpus, requests: int) -> tuple[str, int]:
     """Ask while another process holds the file from the first question on: the error, and that process's id."""
     with ExitStack() as stack:
         holders: list[subprocess.Popen[str]] = []
@@ -357,8 +357,3 @@ def test_two_runs_that_ask_the_same_at_the_same_time_both_finish_and_no_row_is_d
     assert list(corpus.journal.glob("*.journal")) == []
     for out, _ in ends:
         assert json.loads(out)["answers"] == total
-
-
-def test_corpus_errors_are_not_a_teachers() -> None:
-    assert issubclass(CorpusBusy, CorpusError)
-    assert CorpusBusy.exit_code == 2

@@ -18,6 +18,8 @@ from blackbox_kd.types import Completion
 Row = dict[str, Any]
 
 
+ONLY_WITH = {"logprobs": "AND EXISTS (FROM completions AS c WHERE c.completion_id = batch.completion_id::UUID)"}
+"""A second answer to a question is left out (two runs asked at once), and so are its logprobs."""
 UUID_KEY = "::UUID"
 KEYS = {
     "prompts": {"prompt_id": UUID_KEY},
@@ -53,7 +55,7 @@ def insert_table(con: duckdb.DuckDBPyConnection, table: str, batch: pa.Table, *,
         same = " AND ".join(f"known.{key} = batch.{key}{cast}" for key, cast in KEYS[table].items())
         con.execute(
             f"""INSERT INTO {table} BY NAME SELECT * FROM batch
-                WHERE NOT EXISTS (FROM {table} AS known WHERE {same})
+                WHERE NOT EXISTS (FROM {table} AS known WHERE {same}) {ONLY_WITH.get(table, "")}
                 QUALIFY row_number() OVER (PARTITION BY {", ".join(KEYS[table])}) = 1"""
         )
     con.unregister("batch")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import duckdb
+import msgspec
 import numpy as np
 import pyarrow as pa
 
@@ -47,6 +48,8 @@ class Vocab:
 
     def ids_of(self, tokens: Sequence[TopLogprob], text_bytes: bool) -> list[int]:
         """`text_bytes`: bytes that are left out are those of the text."""
+        if any(t.id is not None and not -(1 << 31) <= t.id < 1 << 31 for t in tokens):
+            tokens = [msgspec.structs.replace(t, id=None) for t in tokens]  # no column holds them
         if tokens and tokens[0].id is not None:
             return [t.id if t.id is not None and t.id in self._ids else self._add(t, text_bytes) for t in tokens]
         known = self._by_text[text_bytes].get

@@ -95,7 +95,7 @@ class PriceConfig(Section):
     def cost(self, usage: Usage) -> float:
         """Dollars for one answer."""
         cached = self.input if self.cached_input is None else self.cached_input
-        fresh = usage.prompt_tokens - usage.cached_tokens
+        fresh = max(0, usage.prompt_tokens - usage.cached_tokens)
         return (fresh * self.input + usage.cached_tokens * cached + usage.completion_tokens * self.output) / 1e6
 
 

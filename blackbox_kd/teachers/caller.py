@@ -18,6 +18,7 @@ from blackbox_kd.errors import (
     RequestRejected,
     TeacherError,
     TeacherRefused,
+    TeacherUnreachable,
     TransientError,
 )
 from blackbox_kd.progress import say
@@ -200,6 +201,8 @@ class Caller:
             self.limiter.succeeded(permit, 0, failure.headers)
         else:
             self.limiter.failed(permit, isinstance(failure, TransientError))
+            if isinstance(failure, TransientError) and (failure.retry_after_s or 0) > self._config.give_up_s:
+                raise TeacherUnreachable(f"the teacher is away for longer than teacher.give_up_s: {failure}")
 
 
 def _error_of(state: tenacity.RetryCallState) -> BaseException | None:

@@ -93,7 +93,13 @@ class Engine:
         """
         total = len(requests) if isinstance(requests, Sized) else total
         most = self._config.concurrency
-        work = Work(most if total is None else max(1, min(most, total)), self.caller.wake, description, total)
+        work = Work(
+            most if total is None else max(1, min(most, total)),
+            self.caller.wake,
+            description,
+            total,
+            drain_s=self._config.timeout_s,
+        )
         async with aclosing(self._answers(work, requests, round_, known)) as answers:
             async for completions in answers:
                 for completion in completions:
@@ -116,7 +122,12 @@ class Engine:
         await self._connect()
         with Writer(self._corpus) as writer:
             await self.caller.call(
-                request, Work(1, self.caller.wake, "call", 1), writer, read, bury=False, max_retries=1
+                request,
+                Work(1, self.caller.wake, "call", 1, drain_s=self._config.timeout_s),
+                writer,
+                read,
+                bury=False,
+                max_retries=1,
             )
         return replies[-1]
 
@@ -154,9 +165,7 @@ class Engine:
         unique = {request.request_key: request for request in chunk}
         in_batches = self._in_batches & unique.keys()
         if in_batches:
-            say(
-                f"{len(in_batches)} questions are under way in a batch and not asked here: --sample.batch true waits for it"
-            )
+            say(f"{len(in_batches)} questions are in a batch and not asked here: --sample.batch true waits for them")
         settling = (
             work.open | in_batches | writer.unstored()
         )  # taken first: what leaves it from now on is seen in the corpus

@@ -51,8 +51,17 @@ class SdkTransport:
         partial = path.with_name(path.name + ".partial")
         with self._our_errors():
             async with self.client.files.with_streaming_response.content(file_id) as response:
-                await response.stream_to_file(partial)
+                await self._write_masked(response.iter_bytes(), partial)
         partial.replace(path)
+
+    async def _write_masked(self, chunks: AsyncIterator[bytes], path: Path) -> None:
+        """Line by line, so that no secret is cut in two."""
+        rest = b""
+        with path.open("wb") as file:
+            async for chunk in chunks:
+                *lines, rest = (rest + chunk).split(b"\n")
+                file.writelines(self.mask(line) + b"\n" for line in lines)
+            file.write(self.mask(rest))
 
     @contextmanager
     def _our_errors(self) -> Iterator[None]:
@@ -60,7 +69,8 @@ class SdkTransport:
             yield
         except openai.APIStatusError as error:
             response = error.response
-            raise error_of(response.status_code, self.mask(response.content), response.headers) from error
+            # From nothing: the SDK's error holds what the endpoint said with all secrets in it.
+            raise error_of(response.status_code, self.mask(response.content), response.headers) from None
         except (openai.APIConnectionError, httpx2.TransportError, TimeoutError) as error:
             raise no_answer(error.__cause__ or error) from error
 
@@ -111,5 +121,5 @@ async def open_sdk(
             said = " ".join(str(error).split())
             raise ConfigError(f"teacher.client_options: {client} says: {said}") from error
         async with made:
-            await list_models(made, str(made.base_url))
-            yield SdkTransport(made, timeout_s, Mask(secrets))
+            await list_models(made, str(made.base_url).rstrip("/"))
+            yield SdkTransport(made, timeout_s, Mask([*secrets, made.api_key]))

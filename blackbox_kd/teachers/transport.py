@@ -127,7 +127,8 @@ async def list_models(client: openai.AsyncOpenAI, base_url: str) -> None:
     try:
         await client.models.with_raw_response.list()  # raw: its shape does not matter
     except openai.AuthenticationError as error:
-        raise TeacherRefused(f"{base_url} does not accept the key: HTTP {error.status_code}") from error
+        # From nothing: the SDK's error holds what the endpoint said, and some say which key they did not like.
+        raise TeacherRefused(f"{base_url} does not accept the key: HTTP {error.status_code}") from None
     except openai.APIStatusError:
         return  # no /models, a key that may ask but not list (403), or a busy endpoint: somebody answers
     except openai.APIConnectionError as error:

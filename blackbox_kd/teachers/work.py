@@ -18,8 +18,6 @@ from blackbox_kd.errors import (
 from blackbox_kd.progress import say
 from blackbox_kd.types import Completion, Request
 
-DRAIN_S = 30.0
-"""How long answers in flight are waited for after an interruption."""
 REJECTIONS_SHOWN = 3
 FAILURES_TO_STOP = 8
 """Requests that fail one after the other, all retries spent, before the endpoint counts as gone."""
@@ -32,12 +30,15 @@ class Stopped(Exception):
 class Work:
     """The shared state of the workers on one stream of requests."""
 
-    def __init__(self, workers: int, wake: Callable[[], None], description: str, total: int | None) -> None:
+    def __init__(
+        self, workers: int, wake: Callable[[], None], description: str, total: int | None, *, drain_s: float
+    ) -> None:
         """`wake` rouses those who wait for their turn, so that they see that the work has stopped.
 
-        `total` questions, None where nobody has counted them.
+        `total` questions, None where nobody has counted them. Answers in flight are waited for up to `drain_s`.
         """
         self.size, self._wake, self.description, self.total = workers, wake, description, total
+        self.drain_s = drain_s
         self._todo: asyncio.Queue[Request | None] = asyncio.Queue(2 * workers)
         self._answers: asyncio.Queue[list[Completion] | None] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
@@ -138,7 +139,7 @@ class Work:
         """Admit nothing more and wait for what is in flight; not for ever, and not if told again to stop."""
         self._end()
         try:
-            await asyncio.wait(self._tasks, timeout=DRAIN_S)
+            await asyncio.wait(self._tasks, timeout=self.drain_s)
         finally:
             late = [task for task in self._tasks if not task.done()]
             for task in late:
