@@ -34,6 +34,8 @@ Read = Callable[[Reply], tuple[list[Completion], Usage]]
 PATHS = {"chat": "chat/completions", "completions": "completions"}
 SAY_WAIT_S = 5.0
 """A pause at the gate that a person should know of."""
+MOST_UNREADABLE = 2
+"""Replies to one question."""
 DETAIL_CHARS = 4000
 """Of a reply that cannot be read: it may have been paid for."""
 
@@ -98,7 +100,7 @@ class Caller:
     async def _call_again(self, asking: _Asking, first: TeacherError) -> list[Completion]:
         """After a failure: tenacity costs as much as a tenth of a call, and most calls need it not."""
         failures: list[TeacherError] = [first]
-        transient = 0
+        transient = unreadable = 0
 
         async def attempt() -> list[Completion]:
             if failures:
@@ -106,9 +108,11 @@ class Caller:
             return await self._call_once(asking)
 
         def spent(state: tenacity.RetryCallState) -> bool:
-            nonlocal transient
-            transient += not isinstance(_error_of(state), RateLimited)
-            return transient > asking.max_retries
+            nonlocal transient, unreadable
+            error = _error_of(state)
+            transient += not isinstance(error, RateLimited)
+            unreadable += isinstance(error, TransientError) and error.status == 200  # and may have been paid for
+            return transient > asking.max_retries or unreadable > MOST_UNREADABLE
 
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type((TransientError, RateLimited)),

@@ -145,16 +145,20 @@ class Decoder:
         """
         lean = self._as_text and self._checked >= CHECKED_REPLIES
         try:
-            reply: _Reply[Any] = (_lean if lean else _whole).decode(data)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            reply = self._read(data, lean)
+        except ValueError as error:  # no JSON, no UTF-8, the wrong shape, bytes that are none
             raise _unreadable(f"a 200 that cannot be read ({error}): {data[:80]!r}", data) from error
         if not reply.choices:
             raise _no_choices(reply, data)
-        if lean and any(mark in data for mark in _CUT):
-            _add_bytes(reply.choices, _bytes.decode(data).choices or [])
-        elif not lean and self._as_text:
-            self._check(reply.choices)
         return _completions(reply, reply.choices, request, author, round_, text_bytes=lean), _usage(reply.usage)
+
+    def _read(self, data: bytes, lean: bool) -> _Reply[Any]:
+        reply: _Reply[Any] = (_lean if lean else _whole).decode(data)
+        if lean and any(mark in data for mark in _CUT):
+            _add_bytes(reply.choices or [], _bytes.decode(data).choices or [])
+        elif not lean and self._as_text:
+            self._check(reply.choices or [])
+        return reply
 
     def _check(self, choices: list[_Choice[TokenLogprob]]) -> None:
         shown = [top for choice in choices for token in _content(choice) for top in (token, *token.top_logprobs)]
