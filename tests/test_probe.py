@@ -290,8 +290,12 @@ def project(tmp_path: Path, teacher: dict[str, Any]) -> str:
 def test_the_command_prints_keeps_and_replaces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     endpoint = Endpoint(VLLM)
     with served(FakeAPI(endpoint)) as api:
-        url = api.url.replace("//", "//user:hunter2@")
-        path = project(tmp_path, {"provider": "openai", "model": "m", "base_url": url, "api_key_env": None})
+        path = project(tmp_path, {"provider": "openai", "model": "m", "base_url": api.url, "api_key_env": None})
+        with_password = api.url.replace("//", "//user:hunter2@")
+        assert main(["probe", "--config", path, "--teacher.base_url", with_password]) == 2
+        refused = capsys.readouterr().err
+        assert "holds a user or a password" in refused
+        assert "hunter2" not in refused
         assert main(["probe", "--config", path, "--json"]) == 0
         shown = json.loads(capsys.readouterr().out)
         assert shown["capabilities"]["scoring"] == "prompt_logprobs"
@@ -305,7 +309,7 @@ def test_the_command_prints_keeps_and_replaces(tmp_path: Path, capsys: pytest.Ca
     rows = corpus.rows("SELECT name, value, base_url, detail FROM capabilities WHERE name IN ('scoring', 'n_max')")
     assert sorted((name, json.loads(value)) for name, value, *_ in rows) == [("n_max", 8), ("scoring", "none")]
     assert {url for *_, url, _ in rows} == {api.url}
-    assert "hunter2" not in json.dumps(corpus.rows("SELECT * FROM capabilities"), default=str)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
 
 
 def test_what_a_user_says_wins_over_what_was_found_and_that_over_the_defaults(corpus: Corpus) -> None:
