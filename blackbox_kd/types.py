@@ -6,11 +6,14 @@ prompt -> request -> (attempts) -> completion -> [rollout -> feedback ->] train 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
 from blackbox_kd.hashing import content_id
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Message: TypeAlias = dict[str, Any]
 """`{"role": ..., "content": ...}`, as in the chat-completions API."""
@@ -122,6 +125,27 @@ class TokenLogprob(TopLogprob, frozen=True, kw_only=True, omit_defaults=True, gc
     """A sampled token with the alternatives shown beside it (it may be outside of them)."""
 
     top_logprobs: list[TopLogprob] = []
+
+
+class VocabToken(NamedTuple):
+    """A token of a scorer, as its endpoint shows it."""
+
+    text: str
+    bytes: bytes | None
+    """None where the endpoint gives none."""
+
+
+class TeacherTokens(NamedTuple):
+    """One completion as its scorer saw it: T tokens with K alternatives each, ids as in `vocab`, natural logprobs."""
+
+    token_ids: np.ndarray
+    """(T,) int64; below 0 where the endpoint gives no ids."""
+    token_logprobs: np.ndarray
+    """(T,) float64; NaN where the endpoint hides one."""
+    top_ids: np.ndarray
+    """(T, K) int64; 0 where fewer than K were shown."""
+    top_logprobs: np.ndarray
+    """(T, K) float64; -inf where fewer than K were shown, or one is hidden."""
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):

@@ -575,3 +575,39 @@ def test_rows_are_exported_to_parquet_and_json_lines(corpus: Corpus, tmp_path: P
     assert (tmp_path / "rows.jsonl").read_text().splitlines()[0] == '{"text":"good","model":"m"}'
     with pytest.raises(CorpusError, match=r"rows\.jsonl"):
         export(corpus.path, select, tmp_path / "no" / "rows.jsonl")
+
+
+# --- read as arrays
+
+
+def test_scored_tokens_are_arrays_of_what_was_stored(corpus: Corpus) -> None:
+    first = completion(logprobs=[
+        token("a", -1.0, ("a", -1.0), ("b", -2.0)),
+        token("c", -9999.0, ("b", -0.5)),  # hidden, and fewer than the others have
+    ])  # fmt: skip
+    second = completion(text="Ho", choice_idx=1, logprobs=[token("b", -0.25, ("b", -0.25), ("c", -9999.0))])
+    bare = completion(text="Hm", choice_idx=2, logprobs=[token("a", -0.125)])
+    none = completion(text="No", choice_idx=3)
+    store(corpus, first, second, bare, none)
+    ids = [c.completion_id for c in (first, second, bare, none)]
+    found = corpus.scored_tokens(ids, f"m@{CONTEXT}")
+    assert set(found) == set(ids[:3])
+    vocab = corpus.vocab("m")
+    assert {t.text: t.bytes for t in vocab.values()} == {"a": b"a", "b": b"b", "c": b"c"}
+    spell = {token_id: t.text for token_id, t in vocab.items()} | {0: ""}
+
+    def read(c: Completion) -> tuple[Any, ...]:
+        t = found[c.completion_id]
+        texts = [[spell[i] for i in row] for row in t.top_ids.tolist()]
+        return [spell[i] for i in t.token_ids.tolist()], t.token_logprobs.tolist(), texts, t.top_logprobs.tolist()
+
+    inf = float("inf")
+    texts, values, top, top_values = read(first)
+    assert (texts, top, top_values) == (["a", "c"], [["a", "b"], ["b", ""]], [[-1.0, -2.0], [-0.5, -inf]])
+    assert values[0] == -1.0
+    assert math.isnan(values[1])
+    assert read(second) == (["b"], [-0.25], [["b", "c"]], [[-0.25, -inf]])
+    assert read(bare) == (["a"], [-0.125], [[]], [[]])
+    assert found[bare.completion_id].top_ids.shape == (1, 0)
+    assert corpus.scored_tokens(ids, "m@another") == {}
+    assert corpus.vocab("another") == {}

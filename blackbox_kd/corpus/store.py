@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import duckdb
 import msgspec
 
+from blackbox_kd.corpus import scored
 from blackbox_kd.corpus.connection import connect
 from blackbox_kd.corpus.ingest import Row, completion_row, ingest, insert, insert_logprobs, timestamp
 from blackbox_kd.corpus.journal import Record, damaged, leftovers
@@ -25,9 +26,11 @@ from blackbox_kd.types import (
     Feedback,
     Prompt,
     Request,
+    TeacherTokens,
     TokenLogprob,
     TopLogprob,
     Usage,
+    VocabToken,
 )
 
 SCHEMA_VERSION = 1
@@ -136,6 +139,16 @@ class Corpus:
             completion = _completion(row, logprobs.get(str(row[0])))
             found.setdefault(completion.request_key, []).append(completion)
         return found
+
+    def scored_tokens(self, completion_ids: Sequence[str], scorer: str) -> dict[str, TeacherTokens]:
+        """completion_id -> its tokens as `scorer` saw them, as arrays; what it did not score is left out."""
+        with self.connect() as con:
+            return scored.tokens(con, completion_ids, scorer)
+
+    def vocab(self, model: str) -> dict[int, VocabToken]:
+        """All tokens of a model that were ever seen."""
+        with self.connect() as con:
+            return scored.vocab(con, model)
 
     def settled(self, keys: Sequence[str]) -> tuple[set[str], set[str]]:
         """Of these requests: those that are answered, and those that were given up."""
