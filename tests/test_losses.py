@@ -1,13 +1,16 @@
-"""Loss components against numbers worked by hand, and the invariances that the update rests on."""
+"""Hard labels and log-probabilities of tokens: numbers worked by hand, and the invariances that the update rests on."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from blackbox_kd.losses import COMPONENTS, cross_entropy
+from blackbox_kd.errors import AlignmentError
+from blackbox_kd.losses import COMPONENTS, cross_entropy, token_logprobs
 
 
 def test_cross_entropy_of_worked_numbers() -> None:
@@ -68,10 +71,95 @@ def test_one_batch_of_eight_is_eight_of_one(name: str) -> None:
 def test_the_gradient_is_that_of_finite_differences(name: str) -> None:
     torch.manual_seed(1)
     targets_BT, weights_BT = torch.randint(4, (2, 3)), torch.tensor([[1.0, 0.5, 0.0], [1.0, 0.0, 2.0]]).double()
-
-    class Double(torch.nn.Module):  # the component computes in float32, which gradcheck cannot resolve
-        def forward(self, logits_BTV: torch.Tensor) -> torch.Tensor:
-            return COMPONENTS[name](logits_BTV, targets_BT, weights_BT, normalizer=4).loss
-
     logits_BTV = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(Double(), (logits_BTV,), eps=1e-3, atol=1e-3)
+    assert torch.autograd.gradcheck(
+        lambda logits_BTV: COMPONENTS[name](logits_BTV, targets_BT, weights_BT, normalizer=4).loss, (logits_BTV,)
+    )
+
+
+def dense(logits_BTV: torch.Tensor, ids_BTK: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    return (logits_BTV / temperature).log_softmax(-1).gather(-1, ids_BTK)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_token_logprobs_are_those_of_log_softmax(dtype: torch.dtype, temperature: float) -> None:
+    torch.manual_seed(2)
+    logits_BTV = torch.randn(2, 3, 50, dtype=dtype, requires_grad=True)
+    ids_BTK = torch.randint(50, (2, 3, 7))  # an id may stand twice
+    ids_BTK[0, 0] = 4
+    grad_BTK = torch.randn(2, 3, 7, dtype=dtype)
+    ours = token_logprobs(logits_BTV, ids_BTK, temperature=temperature)
+    theirs = dense(logits_BTV, ids_BTK, temperature)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(out, logits_BTV, grad_BTK)[0] for out in (ours, theirs)))
+
+
+def test_token_logprobs_take_any_leading_dimensions_and_strides() -> None:
+    logits_BTV, ids_BTK = torch.randn(3, 4, 9), torch.randint(9, (3, 4, 2))
+    expected = token_logprobs(logits_BTV, ids_BTK)
+    torch.testing.assert_close(token_logprobs(logits_BTV[1], ids_BTK[1]), expected[1])
+    torch.testing.assert_close(token_logprobs(logits_BTV[:, :-1], ids_BTK[:, :-1]), expected[:, :-1])
+    turned = token_logprobs(logits_BTV.transpose(0, 1), ids_BTK.transpose(0, 1))
+    torch.testing.assert_close(turned, expected.transpose(0, 1))
+
+
+def test_what_is_masked_is_not_computed() -> None:
+    logits_BTV = torch.randn(2, 3, 9).masked_fill(torch.tensor([[[False], [True], [False]]] * 2), math.nan)
+    logits_BTV.requires_grad_()
+    ids_BTK, mask_BT = torch.randint(9, (2, 3, 2)), torch.tensor([[1, 0, 1], [0, 0, 1]])
+    ids_BTK[:, 1] = -100
+    logprobs_BTK = token_logprobs(logits_BTV, ids_BTK, mask_BT)
+    assert (logprobs_BTK.abs().sum(-1) > 0).int().tolist() == mask_BT.tolist()
+    (gradient,) = torch.autograd.grad(logprobs_BTK.sum(), logits_BTV)
+    assert (gradient.abs().sum(-1) > 0).int().tolist() == mask_BT.tolist()
+    assert token_logprobs(logits_BTV, ids_BTK, torch.zeros(2, 3)).tolist() == torch.zeros(2, 3, 2).tolist()
+
+
+def test_bfloat16_logits_are_computed_in_float32() -> None:
+    logits_BTV = torch.randn(1, 2, 4096).bfloat16().requires_grad_()
+    ids_BTK = torch.randint(4096, (1, 2, 3))
+    logprobs_BTK = token_logprobs(logits_BTV, ids_BTK)
+    torch.testing.assert_close(logprobs_BTK, dense(logits_BTV.float(), ids_BTK))
+    (gradient,) = torch.autograd.grad(logprobs_BTK.sum(), logits_BTV)
+    assert gradient.dtype == torch.bfloat16
+
+
+def test_gradcheck_of_token_logprobs() -> None:
+    logits_BTV = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    ids_BTK, mask_BT = torch.randint(6, (2, 3, 4)), torch.tensor([[1, 1, 0], [1, 0, 1]])
+    assert torch.autograd.gradcheck(lambda z: token_logprobs(z, ids_BTK, mask_BT, temperature=0.7), (logits_BTV,))
+
+
+class Sizes(TorchDispatchMode):
+    """Counts the results of operations that are as large as the logits and memory of their own."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.storages = numel, set[int]()
+        self.alive: list[torch.Tensor] = []  # so that no address is given out twice
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.numel() >= self.numel:
+            self.storages.add(out.untyped_storage().data_ptr())
+            self.alive.append(out)
+        return out
+
+
+def test_the_gradient_is_the_only_large_tensor() -> None:
+    logits_BTV = torch.randn(2, 20, 2**16, requires_grad=True)  # several chunks
+    ids_BTK = torch.randint(2**16, (2, 20, 5))
+    with Sizes(logits_BTV.numel()) as forward:
+        loss = token_logprobs(logits_BTV, ids_BTK).sum()
+    with Sizes(logits_BTV.numel()) as backward:
+        torch.autograd.grad(loss, logits_BTV)
+    assert (len(forward.storages), len(backward.storages)) == (0, 1)
+
+
+def test_rows_that_do_not_match_are_an_error() -> None:
+    with pytest.raises(AlignmentError, match=r"ids_BTK has shape \(2, 2, 1\) for rows \(2, 3\)"):
+        token_logprobs(torch.randn(2, 3, 5), torch.zeros(2, 2, 1, dtype=torch.long))
+    with pytest.raises(AlignmentError, match="weights_BT"):
+        cross_entropy(torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.long), torch.ones(1, 3), normalizer=1)

@@ -95,9 +95,9 @@ def divergence(
         between them    beta KL(p||m) + (1 - beta) KL(q||m),  m = beta p + (1 - beta) q
 
     tail:
-        bucket          one more term on both sides, `1 - sum_k` of each, at least 1e-7 (there its gradient ends). Summing
-                        up before comparing only loses (data-processing inequality): never above the divergence of the
-                        whole distributions, and least at q = p.
+        bucket          one more term on both sides, `1 - sum_k` of each, at least 1e-7 (there its gradient ends). To
+                        add up before comparing only loses (data-processing inequality): it is never above the
+                        divergence of the whole distributions, and least at q = p.
         renormalise     p and q are divided by their mass on the top-k. Says nothing of the mass outside; 0 for k = 1.
         none            the tail is left out, nothing is renormalised. Can be negative; at beta = 0 it is least with all
                         of the student's mass on the top-k.
