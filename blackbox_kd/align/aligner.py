@@ -24,7 +24,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, S
 import numpy as np
 
 from blackbox_kd.align.labels import NO_ID, SoftLabels, soft_labels
-from blackbox_kd.align.spelling import spell, starts
+from blackbox_kd.align.spelling import lstrip, spell, starts
 from blackbox_kd.align.vocab import UNMAPPABLE, StudentVocab, ids_agree
 from blackbox_kd.errors import AlignmentError
 from blackbox_kd.types import TeacherTokens, VocabToken
@@ -105,9 +105,10 @@ class Aligner:
     def _starts(self, raw: bytes, ids: list[int]) -> tuple[np.ndarray, bool]:
         """(T,) where tokens start, that with the first byte of the text at 0; whether whitespace was stripped there."""
         try:
-            found = starts(raw, [self.spelled[i] for i in ids], [self._texts.get(i, "") for i in ids])
+            spelled = list(map(self.spelled.__getitem__, ids))
         except KeyError as error:
             raise AlignmentError(f"token {error} of a completion is not in the vocabulary of its scorer") from error
+        found = starts(raw, spelled, [self._texts.get(i, "") for i in ids] if None in spelled else [])
         stripped = bool(len(found) and found[0] < 0)
         if stripped:
             found[np.searchsorted(found, 0, "right") - 1] = 0
@@ -168,7 +169,7 @@ class Aligner:
         """slot -> its image, and whether that is ambiguous."""
         if self.same and not (strip or dummy):
             return self._same_token, lambda slot: False
-        bare = _lstrip if strip else bytes
+        bare = lstrip if strip else bytes
         student = (piece[dummy:] for piece in self.student.id_of if not dummy or piece.startswith(b" "))
         swallowed = _swallowed(student, {bare(piece) for piece in self._owned})
 
@@ -213,7 +214,3 @@ def _swallowed(student: Iterable[bytes], teacher: Set[bytes]) -> set[bytes]:
         if 0 < length < len(piece):
             found.add(piece[:length])
     return found
-
-
-def _lstrip(piece: bytes) -> bytes:
-    return piece.decode("utf-8", "surrogateescape").lstrip().encode("utf-8", "surrogateescape")

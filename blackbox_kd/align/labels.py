@@ -66,28 +66,27 @@ def check_not_shifted(labels: Sequence[SoftLabels], targets: Sequence[Sequence[i
         )
 
 
-def soft_labels(size: int, rows: np.ndarray, image: np.ndarray, ambiguous: np.ndarray, p: np.ndarray) -> SoftLabels:
+def soft_labels(
+    size: int, rows: np.ndarray, image_RW: np.ndarray, ambiguous_RW: np.ndarray, p_RW: np.ndarray
+) -> SoftLabels:
     """Adds up the masses of one image, by sorting each row by image."""
-    count, width = image.shape
-    ids, logprobs = np.zeros((size, width), np.int32), np.full((size, width), -np.inf, np.float32)
-    unmapped = image == UNMAPPABLE
-    kept = ~unmapped & ~ambiguous & (p > 0)
+    count, width = p_RW.shape
+    unmapped = image_RW == UNMAPPABLE
+    kept = ~unmapped & ~ambiguous_RW & (p_RW > 0)
+    p_kept = np.where(kept, p_RW, 0.0)
     shift = width.bit_length()
-    key = np.sort(np.where(kept, image << shift | np.arange(width), NO_ID << shift), axis=1)
-    sorted_image = key >> shift
-    taken = np.where(kept, p, 0.0)[np.arange(count)[:, None], key & (1 << shift) - 1]
-    new = np.concatenate([np.ones((count, 1), bool), sorted_image[:, 1:] != sorted_image[:, :-1]], 1)
+    key = np.sort((np.where(kept, image_RW, NO_ID) << shift) | np.arange(width), axis=1)
+    image, column = key >> shift, key & ((1 << shift) - 1)
+    new = np.ones((count, width), bool)
+    np.not_equal(image[:, 1:], image[:, :-1], out=new[:, 1:])
+    ids, logprobs = np.zeros((size, width), np.int32), np.full((size, width), -np.inf, np.float32)
     if count:
-        mass = np.zeros(count * width)
         at = np.flatnonzero(new)
-        mass[at] = np.add.reduceat(taken.ravel(), at)
-        mass = mass.reshape(count, width)
-        mass[sorted_image == NO_ID] = 0.0
-        ids[rows] = np.where(mass > 0, sorted_image, 0)
-        with np.errstate(divide="ignore"):
-            logprobs[rows] = np.log(mass)
-    labelled = np.count_nonzero((logprobs > -np.inf).any(1))
-    captured, mapped, unclear, lost = (
-        float(np.where(which, p, 0.0).sum() / max(count, 1)) for which in (True, kept, ambiguous & ~unmapped, unmapped)
-    )
-    return SoftLabels(ids, logprobs, labelled / max(size, 1), captured, mapped, unclear, lost)
+        mass = np.add.reduceat(np.take(p_kept, column + width * np.arange(count)[:, None]).ravel(), at)
+        at, mass = at[mass > 0], mass[mass > 0]
+        places = rows[at // width] * width + at % width
+        ids.ravel()[places] = image.ravel()[at]
+        logprobs.ravel()[places] = np.log(mass)
+    masses = (p_RW.sum(), p_kept.sum(), p_RW[ambiguous_RW & ~unmapped].sum(), p_RW[unmapped].sum())
+    means = [float(total) / max(count, 1) for total in masses]
+    return SoftLabels(ids, logprobs, int(kept.any(1).sum()) / max(size, 1), *means)

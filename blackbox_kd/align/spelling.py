@@ -121,8 +121,8 @@ def starts(raw: bytes, spelled: Sequence[bytes | None], texts: Sequence[str]) ->
     lead = whole.find(raw)
     if lead < 0 or not (_blank(whole[:lead]) and _blank(whole[lead + len(raw) :])):
         raise mismatch("the teacher's tokens", whole, raw)
-    ends = np.cumsum([len(piece) for piece in known], dtype=np.int64)
-    return np.concatenate([np.zeros(1, np.int64), ends[:-1]])[: len(known)] - lead
+    lengths = np.fromiter(map(len, known), np.int64, len(known))
+    return np.cumsum(lengths) - lengths - lead
 
 
 def mismatch(whose: str, spelled: bytes, raw: bytes) -> AlignmentError:
@@ -137,32 +137,39 @@ def _blank(raw: bytes) -> bool:
 
 
 def _resynchronised(raw: bytes, spelled: Sequence[bytes | None], texts: Sequence[str]) -> np.ndarray:
-    """Each run of known tokens is looked for behind the shortest text that the unknown ones before it can spell."""
-    found = np.zeros(len(spelled), np.int64)
-    runs = [(is_known, list(run)) for is_known, run in groupby(range(len(spelled)), lambda t: spelled[t] is not None)]
+    """Each run of known tokens is looked for behind the shortest text that the unknown ones before it can spell.
+
+    Whitespace that was stripped is put back first. Tokens that spell nothing, but for those at the end, are unknown:
+    some servers show a whole character at its last token.
+    """
+    count = max((t + 1 for t, piece in enumerate(spelled) if piece != b""), default=0)
+    runs = [(known, list(run)) for known, run in groupby(range(count), lambda t: bool(spelled[t]))]
+    pieces = [b"".join(spelled[t] or b"" for t in run) for _, run in runs]
+    lead = b"" if raw.startswith(pieces[0]) else pieces[0][: len(pieces[0]) - len(lstrip(pieces[0]))]
+    trail = b"" if raw.endswith(pieces[-1]) else pieces[-1][len(_rstrip(pieces[-1])) :]
+    whole = lead + raw + trail
+    found = np.full(len(spelled), len(whole), np.int64)
     place, shortest = 0, 0
-    for number, (is_known, run) in enumerate(runs):
-        if not is_known:
-            found[run] = place
-            shortest = sum(len(texts[t].strip().replace(REPLACED, "?").encode()) for t in run)
-            continue
-        pieces = [spelled[t] or b"" for t in run]
-        known = b"".join(pieces)
-        if number == 0:
-            at = 0 if raw.startswith(known) else len(known.lstrip()) - len(known)
-        elif number == len(runs) - 1:  # whitespace at the end may have been stripped
-            at = len(raw) - len(known if raw.endswith(known) else known.rstrip())
+    for number, ((known, run), piece) in enumerate(zip(runs, pieces, strict=True)):
+        if known:
+            last = number == len(runs) - 1
+            at = len(whole) - len(piece) if last else whole.find(piece, place + shortest) if number else 0
+            if at < place + shortest or whole[at : at + len(piece)] != piece:
+                raise mismatch("the teacher's tokens", piece, whole[place:])
+            found[run] = at + np.cumsum([0, *(len(spelled[t] or b"") for t in run[:-1])])
+            place, shortest = at + len(piece), 0
         else:
-            at = raw.find(known, place + shortest)
-        expected = known[-at:] if at < 0 else known
-        if at < place + shortest - (number == 0) * len(known) or not _agree(raw, max(at, 0), expected):
-            raise mismatch("the teacher's tokens", known, raw[max(place, 0) :])
-        found[run] = at + np.cumsum([0, *map(len, pieces[:-1])])
-        place, shortest = at + len(known), 0
-    return found
+            found[run] = place
+            shortest = sum(len(texts[t].strip().replace(REPLACED, "?").encode()) for t in run if spelled[t] is None)
+    if place + shortest > len(whole):
+        raise mismatch("the teacher's tokens", b"more", whole[place:])
+    return found - len(lead)
 
 
-def _agree(raw: bytes, at: int, known: bytes) -> bool:
-    """Whether `known` stands there, up to stripped whitespace behind the text."""
-    there = raw[at : at + len(known)]
-    return there == known or (at + len(there) == len(raw) and there == known.rstrip())
+def lstrip(piece: bytes) -> bytes:
+    """Without the whitespace that it begins with, as `str` has it."""
+    return piece.decode("utf-8", "surrogateescape").lstrip().encode("utf-8", "surrogateescape")
+
+
+def _rstrip(piece: bytes) -> bytes:
+    return piece.decode("utf-8", "surrogateescape").rstrip().encode("utf-8", "surrogateescape")

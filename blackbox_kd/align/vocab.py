@@ -49,12 +49,12 @@ class StudentVocab:
             AlignmentError: the tokens do not spell the text.
         """
         written = ids[:-1] if len(ids) and ids[-1] == self.end_id else ids
-        whole = b"".join([self.spelled[i] or b"" for i in written])
+        whole = b"".join(piece for piece in map(self.spelled.__getitem__, written) if piece)
         dummy = whole != raw and whole == b" " + raw
         if whole != raw and not dummy:
             raise mismatch("the student's tokens", whole, raw)
-        ends = np.cumsum(self.lengths[np.asarray(ids, np.int64)])
-        return np.maximum(np.concatenate([np.zeros(1, np.int64), ends[:-1]])[: len(ids)] - dummy, 0), dummy
+        lengths = self.lengths[np.asarray(ids, np.int64)]
+        return np.maximum(np.cumsum(lengths) - lengths - dummy, 0), dummy
 
     def first(self, candidate: bytes, *, dummy: bool = False) -> int:
         """The first token of a candidate's own tokenisation; -1 where there is none that spells its beginning."""
