@@ -219,6 +219,24 @@ def test_what_the_teacher_owns_is_not_swallowed() -> None:
         assert labels.ambiguous == pytest.approx(ambiguous), owned
 
 
+def test_what_became_of_a_token_is_learnt() -> None:
+    """Drawn four times behind the first token, "a" was three times followed by something that left it alone."""
+    student, vocab = student_of(["a", "b", "ab"]), vocab_of("a", "b")
+    aligner = Aligner(vocab, student, end_ids=[])
+    drawn = {"b": 0.6, "a": 0.4}
+    before = aligner.align("bb", tokens(vocab, *[("b", 0.6, drawn)] * 2), [1, 1])
+    assert read(before, student) == [{"b": 0.6}] * 2
+    aligner.observe(
+        (text, tokens(vocab, *[(c, 0.5, {}) for c in text]), student.encode(text)) for text in ("baaa", "bab")
+    )
+    aligner.observe([("b", tokens(vocab, ("a", 0.5, {})), [1])])  # of another text
+    after = aligner.align("bb", tokens(vocab, *[("b", 0.6, drawn)] * 2), [1, 1])
+    assert read(after, student) == [{"b": 0.6, "a": 0.24}] * 2  # 3 / (4 + 1)
+    assert (after.mapped, after.ambiguous) == pytest.approx((0.84, 0.16))
+    real = aligner.align("ab", tokens(vocab, ("a", 0.4, drawn), ("b", 0.6, drawn)), [2])
+    assert read(real, student) == [{"ab": 0.4, "b": 0.6}]
+
+
 # --- odd things
 
 

@@ -9,7 +9,10 @@ that of candidates without an image, so that a loss counts it in its tail; both 
 Which candidates are ambiguous. Taken literally, nearly every short word begins a longer student token (" the",
 " theology"). But a teacher that means " theology" and owns " theo" does not begin with " the". So a student token s
 makes candidate c ambiguous only where c is the longest known teacher token that s begins with (and is not s). This is
-exact for a teacher that spells by longest match, and the better the more of its vocabulary is known.
+exact for a teacher that spells by longest match, and the better the more of its vocabulary is known. It still is a
+third of all English text: one rare word makes a common one ambiguous. How often that happens is in the corpus: an
+ambiguous candidate that was drawn n times, and became its image m times, is mapped with the share m / (n + 1) of its
+mass (`observe`); what was never drawn is left out whole. That is true on average over the corpus, not in each row.
 
 The candidate that was sampled needs no rule: the text shows what came of it. All of its mass goes to the student token
 that really stands there, a draw from P(student token | candidate), hence unbiased given that candidate.
@@ -72,6 +75,20 @@ class Aligner:
         self._mute[slots] = [self.spelled.get(i) == b"" and i not in end_ids for i in ids]
         self._views: dict[tuple[bool, bool], _View] = {}
 
+    def observe(self, scored: Iterable[tuple[str, TeacherTokens, Sequence[int]]]) -> None:
+        """Learn from completions, once and before any is aligned, what becomes of ambiguous tokens.
+
+        `scored` = (text, teacher's tokens, student's ids), as for `align`; what cannot be aligned is passed over.
+        """
+        for text, teacher, student_ids in () if self.same else scored:
+            try:
+                rows, at, _ = self._meet(text.encode(), teacher, student_ids)
+            except AlignmentError:
+                continue
+            inside = rows > 0
+            slots, real = self._slots(teacher.token_ids[at[inside]]), np.asarray(student_ids)[rows[inside]]
+            self._view(False, False).observe(slots, real)
+
     def align(self, text: str, teacher: TeacherTokens, student_ids: Sequence[int]) -> SoftLabels:
         """Soft labels for one completion.
 
@@ -86,21 +103,44 @@ class Aligner:
             AlignmentError: tokens of either side do not spell the text, or the probabilities of a row sum up to more
                 than 1.
         """
-        raw = text.encode()
-        student_starts, dummy = self.student.starts(raw, student_ids)
-        teacher_starts, stripped = self._starts(raw, teacher.token_ids.tolist())
-        slots = np.concatenate([teacher.top_ids, teacher.token_ids[:, None]], 1) - self._base
-        slots[(slots < 0) | (slots > self._unknown)] = self._unknown
-        rows, at = self._shared(teacher_starts, student_starts, slots[:, -1], len(raw))
-        p, drawn = self._masses(slots[at], teacher.top_logprobs[at], teacher.token_logprobs[at])
+        rows, at, start = self._meet(text.encode(), teacher, student_ids)
+        slots = self._slots(np.concatenate([teacher.top_ids[at], teacher.token_ids[at][:, None]], 1))
+        p, drawn = self._masses(slots, teacher.top_logprobs[at], teacher.token_logprobs[at])
         if p.sum(1).max(initial=0.0) > MOST_MASS:
             raise AlignmentError(
                 f"the probabilities that the teacher shows for one token sum up to {p.sum(1).max():.2f}: its "
                 "alternatives do not belong to its tokens"
             )
         student = np.asarray(student_ids, np.int64)
-        image, ambiguous = self._mapped(slots[at], drawn, rows, student, (stripped, dummy))
-        return soft_labels(len(student), rows, image, ambiguous, p)
+        image, share = self._mapped(slots, drawn, rows, student, start)
+        return soft_labels(len(student), rows, image, share, p)
+
+    def _slots(self, ids: np.ndarray) -> np.ndarray:
+        """Where a token is in the tables; all that are in no vocabulary are in the last place."""
+        slots = ids - self._base
+        slots[(slots < 0) | (slots > self._unknown)] = self._unknown
+        return slots
+
+    def _meet(
+        self, raw: bytes, teacher: TeacherTokens, student_ids: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray, tuple[bool, bool]]:
+        """(R,) student and (R,) teacher tokens that start together, and how the start of the text was changed.
+
+        Tokens that spell nothing share their start with the next: what they stand for is not known, unless an end.
+        """
+        student_starts, dummy = self.student.starts(raw, student_ids)
+        teacher_starts, stripped = self._starts(raw, teacher.token_ids.tolist())
+        if not len(teacher_starts):
+            return np.zeros(0, np.int64), np.zeros(0, np.int64), (stripped, dummy)
+        at = np.searchsorted(teacher_starts, student_starts)
+        fits = at < len(teacher_starts)
+        at[~fits] = 0
+        fits &= teacher_starts[at] == student_starts
+        fits[1:] &= student_starts[1:] != student_starts[:-1]
+        drawn = self._slots(teacher.token_ids[at])
+        fits &= ~self._mute[drawn] & (self._is_end[drawn] == (student_starts >= len(raw)))
+        rows = np.flatnonzero(fits)
+        return rows, at[rows], (stripped, dummy)
 
     def _starts(self, raw: bytes, ids: list[int]) -> tuple[np.ndarray, bool]:
         """(T,) where tokens start, that with the first byte of the text at 0; whether whitespace was stripped there."""
@@ -113,24 +153,6 @@ class Aligner:
         if stripped:
             found[np.searchsorted(found, 0, "right") - 1] = 0
         return found, stripped
-
-    def _shared(
-        self, teacher_starts: np.ndarray, student_starts: np.ndarray, drawn_T: np.ndarray, length: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(R,) student tokens that start where a teacher token starts, and (R,) those teacher tokens.
-
-        Tokens that spell nothing share their start with the next: what they stand for is not known, unless an end.
-        """
-        if not len(teacher_starts):
-            return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        at = np.searchsorted(teacher_starts, student_starts)
-        fits = at < len(teacher_starts)
-        at[~fits] = 0
-        fits &= teacher_starts[at] == student_starts
-        fits[1:] &= student_starts[1:] != student_starts[:-1]
-        fits &= ~self._mute[drawn_T[at]] & (self._is_end[drawn_T[at]] == (student_starts >= length))
-        rows = np.flatnonzero(fits)
-        return rows, at[rows]
 
     def _masses(
         self, slots_RW: np.ndarray, top_logprobs_RK: np.ndarray, logprobs_R: np.ndarray
@@ -150,14 +172,14 @@ class Aligner:
     def _mapped(
         self, slots: np.ndarray, drawn: np.ndarray, rows: np.ndarray, student: np.ndarray, start: tuple[bool, bool]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(R, W) images, -1 where there is none, and (R, W) which of them a longer student token may swallow."""
-        image, ambiguous = self._view(False, False).of(slots)
+        """(R, W) images, -1 where there is none, and (R, W) the share of the mass that is mapped to them."""
+        image, share = self._view(False, False).of(slots)
         real = np.where(self._is_end[slots[:, -1:]], self.student.end_id, student[rows][:, None])
         seen = drawn & (not self.same)  # with one tokenizer a token is its own image, whatever the text became
         if any(start) and len(rows) and rows[0] == 0 and not (self.same and image[0, -1] == student[0]):
-            image[0], ambiguous[0] = self._view(*start).of(slots[0])
+            image[0], share[0] = self._view(*start).of(slots[0])
             seen[0] = drawn[0]
-        return np.where(seen, real, image), ambiguous & ~seen
+        return np.where(seen, real, image), np.where(seen, 1.0, share)
 
     def _view(self, strip: bool, dummy: bool) -> _View:
         """Images in the middle of a text (False, False), or at its start."""
@@ -190,10 +212,11 @@ class Aligner:
 
 
 class _View:
-    """slot -> image and ambiguity as tables, filled where they are looked at."""
+    """slot -> image and the share of its mass that is mapped to it, as tables that are filled where they are read."""
 
     def __init__(self, slots: int, image: Callable[[int], int], ambiguous: Callable[[int], bool]) -> None:
-        self._image, self._ambiguous = np.full(slots, _UNSEEN, np.int64), np.zeros(slots, bool)
+        self._image, self._share = np.full(slots, _UNSEEN, np.int64), np.ones(slots)
+        self._drawn, self._kept, self._ambiguous = np.zeros(slots), np.zeros(slots), np.zeros(slots, bool)
         self._rules = image, ambiguous
 
     def of(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -202,8 +225,17 @@ class _View:
         if image.size and image.min() == _UNSEEN:
             for slot in np.unique(slots[image == _UNSEEN]).tolist():
                 self._image[slot], self._ambiguous[slot] = (rule(slot) for rule in self._rules)
+                self._share[slot] = not self._ambiguous[slot]
             image = self._image[slots]
-        return image, self._ambiguous[slots]
+        return image, self._share[slots]
+
+    def observe(self, slots_R: np.ndarray, real_R: np.ndarray) -> None:
+        """Each slot was drawn, and the student token `real_R` came of it."""
+        image, _ = self.of(slots_R)
+        np.add.at(self._drawn, slots_R, 1)
+        np.add.at(self._kept, slots_R, image == real_R)
+        share = self._kept[slots_R] / (self._drawn[slots_R] + 1)
+        self._share[slots_R] = np.where(self._ambiguous[slots_R], share, 1.0)
 
 
 def _swallowed(student: Iterable[bytes], teacher: Set[bytes]) -> set[bytes]:

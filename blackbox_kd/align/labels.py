@@ -31,7 +31,7 @@ class SoftLabels(NamedTuple):
     mapped: float
     """Mass in the labels."""
     ambiguous: float
-    """Mass of candidates that a longer student token may swallow."""
+    """Mass left out because a longer student token may swallow the candidate."""
     unmapped: float
     """Mass of candidates without an image: special tokens, unknown bytes."""
 
@@ -67,13 +67,13 @@ def check_not_shifted(labels: Sequence[SoftLabels], targets: Sequence[Sequence[i
 
 
 def soft_labels(
-    size: int, rows: np.ndarray, image_RW: np.ndarray, ambiguous_RW: np.ndarray, p_RW: np.ndarray
+    size: int, rows: np.ndarray, image_RW: np.ndarray, share_RW: np.ndarray, p_RW: np.ndarray
 ) -> SoftLabels:
-    """Adds up the masses of one image, by sorting each row by image."""
+    """Adds up the shares of the masses of one image, by sorting each row by image."""
     count, width = p_RW.shape
     unmapped = image_RW == UNMAPPABLE
-    kept = ~unmapped & ~ambiguous_RW & (p_RW > 0)
-    p_kept = np.where(kept, p_RW, 0.0)
+    p_kept = np.where(unmapped, 0.0, p_RW * share_RW)
+    kept = p_kept > 0
     shift = width.bit_length()
     key = np.sort((np.where(kept, image_RW, NO_ID) << shift) | np.arange(width), axis=1)
     image, column = key >> shift, key & ((1 << shift) - 1)
@@ -87,6 +87,7 @@ def soft_labels(
         places = rows[at // width] * width + at % width
         ids.ravel()[places] = image.ravel()[at]
         logprobs.ravel()[places] = np.log(mass)
-    masses = (p_RW.sum(), p_kept.sum(), p_RW[ambiguous_RW & ~unmapped].sum(), p_RW[unmapped].sum())
+    captured, mapped, lost = p_RW.sum(), p_kept.sum(), p_RW[unmapped].sum()
+    masses = (captured, mapped, captured - mapped - lost, lost)
     means = [float(total) / max(count, 1) for total in masses]
     return SoftLabels(ids, logprobs, int(kept.any(1).sum()) / max(size, 1), *means)
