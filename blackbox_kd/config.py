@@ -97,8 +97,25 @@ class StudentConfig(Section):
     """Longest prompt plus completion, in tokens; a longer row is left out of training and counted."""
 
 
+class SoftLossConfig(Section):
+    """How soft labels are learnt."""
+
+    alpha: float = Field(0.0, ge=0, le=1)
+    """Share of the hard label on tokens that have a soft one; tokens without one are hard only."""
+    beta: float = Field(0.0, ge=0, le=1)
+    """0 forward KL, 1 reverse KL, between them the generalized Jensen-Shannon divergence (as in TRL)."""
+    tail: Literal["bucket", "renormalise", "none"] = "bucket"
+    """What becomes of the mass outside the top-k: one more outcome, divided away, or left out."""
+
+
 class SftConfig(Section):
     """The sequence-level stage."""
+
+    soft_labels: bool = True
+    """Learn the teacher's top-logprobs where an answer has them; false learns the text alone."""
+    soft: SoftLossConfig = SoftLossConfig()
+    allow_temperature_mismatch: bool = False
+    """API logprobs are those of temperature 1: text drawn otherwise has another distribution than its soft labels."""
 
     dev_fraction: float = Field(0.15, ge=0, lt=1)
     """Share of the sampled train prompts kept aside; training stops early on their NLL. 0 trains to the end."""
@@ -133,6 +150,8 @@ class EvaluateConfig(Section):
     """Alternatives kept with the teacher's fixed temperature-1 answers."""
     batch_size: int = Field(32, ge=1)
     bootstrap_samples: int = Field(2000, ge=100)
+    every_steps: int | None = Field(None, ge=1)
+    """Optimiser steps of `sft` and `onpolicy` from one look at the fixed set to the next; null: none in between."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -253,6 +272,8 @@ def _explain(model: type[BaseModel], error: ErrorDetails) -> str:
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return f"{where}: should be a section with keys of its own, it is {error['input']!r}"
     message = error["msg"].replace("Input should be", "should be").replace("Value error, ", "")
+    if not keys:  # of several sections together; it names them
+        return message
     return f"{where}: {message[:1].lower()}{message[1:]}, it is {error['input']!r}"
 
 

@@ -19,7 +19,6 @@ import msgspec
 
 from blackbox_kd.config import load_config
 from blackbox_kd.corpus.history import History, history, known
-from blackbox_kd.evaluate import FIXED_SPLITS, fixed_questions
 from blackbox_kd.hashing import canonical_json
 from blackbox_kd.project import Config, guarded, overrides, parser, sample_questions
 from blackbox_kd.prompts import PromptSet
@@ -30,6 +29,7 @@ from blackbox_kd.teachers.base import PriceConfig, TeacherConfig
 from blackbox_kd.teachers.prices import price_of
 from blackbox_kd.teachers.teacher import Questions
 from blackbox_kd.types import Purpose, Request, Usage
+from blackbox_kd.yardstick import FIXED_SPLITS, fixed_questions
 
 CHUNK = 2000
 """Requests that are held in memory and looked up at once."""

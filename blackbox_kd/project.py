@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from blackbox_kd.algorithms import algorithms
 from blackbox_kd.algorithms.base import AlgorithmConfig
@@ -105,6 +105,18 @@ class Config(Section):
     onpolicy: OnPolicyConfig
     evaluate: EvaluateConfig = EvaluateConfig()
     budget: BudgetConfig = BudgetConfig()
+
+    @model_validator(mode="after")
+    def _one_distribution(self) -> Config:
+        """Soft labels are those of temperature 1, whatever the text was drawn at."""
+        drawn = self.sample.temperature, self.sample.top_p
+        wanted = self.sft.soft_labels and self.sample.top_logprobs
+        if wanted and drawn != (1, 1) and not self.sft.allow_temperature_mismatch:
+            raise ValueError(
+                "sft.soft_labels: API logprobs are those of temperature 1 and top_p 1, but sample draws its text at "
+                f"{drawn[0]:g} and {drawn[1]:g}; set sft.soft_labels to false, or sft.allow_temperature_mismatch to true"
+            )
+        return self
 
     @property
     def corpus_path(self) -> Path:

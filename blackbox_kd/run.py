@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from blackbox_kd import evaluate, onpolicy, sample, sft
+from blackbox_kd import evaluate, onpolicy, sample, sft, yardstick
 from blackbox_kd.progress import say
 from blackbox_kd.project import Project, stage_main
 from blackbox_kd.prompts import SPLITS
@@ -22,7 +22,7 @@ async def run(project: Project) -> dict[str, Any]:
     check(project)
     engine = project.teacher.engine
     await sample.run(project)
-    await evaluate.capture(project)
+    await yardstick.capture(project)
     await sft.run(project)
     await onpolicy.run(project)
     summary = await evaluate.run(project)

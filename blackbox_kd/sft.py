@@ -10,46 +10,56 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import math
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each trainer that is built; nobody asked for it
+from typing import Any, NamedTuple, TypeAlias
 
 import datasets
-import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig as TrlConfig
-from trl import SFTTrainer
 
+from blackbox_kd.align import SoftLabels
 from blackbox_kd.errors import AlignmentError, ConfigError, TrainingError
 from blackbox_kd.model_card import write_card
 from blackbox_kd.progress import Counter, counting, say
 from blackbox_kd.project import Config, Project, stage_main
+from blackbox_kd.soft_labels import label, labelled_tokens
 from blackbox_kd.student.load import pick_device
 from blackbox_kd.student.render import Rendered
 from blackbox_kd.student.student import Student
-from blackbox_kd.types import Prompt
+from blackbox_kd.student.trainer import DistillationTrainer, SoftCollator, TrlConfig, dataset
+from blackbox_kd.types import Prompt, scorer
+from blackbox_kd.yardstick import Yardstick, captured
+
+Answer: TypeAlias = tuple[Prompt, str, str]
+"""Prompt, completion_id and text as it is trained on."""
+
+
+class Row(NamedTuple):
+    """One answer to learn."""
+
+    rendered: Rendered
+    soft: SoftLabels | None
 
 
 async def run(project: Project) -> dict[str, Any]:
-    """The best checkpoint by dev NLL; done at once where it exists already."""
+    """The best checkpoint by dev loss; done at once where it exists already."""
     config, run_dir = project.config, project.run_dir
-    rows = training_rows(project)
+    answers = training_answers(project)
     settings = project.settings_of("sft")
     if run_dir.done("sft", settings):
         say(f"sft: {run_dir.checkpoint('sft')} is there already")
         return {"checkpoint": str(run_dir.checkpoint("sft"))}
     student = Student(config.student, seed=config.seed)
-    train, dev = split_dev(rows, config.sft.dev_fraction)
-    train_rows, dev_rows = render(student, train), render(student, dev)
+    rows, coverage = labelled(project, student, answers)
+    train, dev = split_dev(list(zip(answers, rows, strict=True)), config.sft.dev_fraction)
+    train_rows, dev_rows = fitting(student, train), fitting(student, dev)
     if not train_rows:
         raise TrainingError(
-            f"none of {len(rows)} rows is left to train on: lower sft.dev_fraction, raise student.max_length"
+            f"none of {len(answers)} rows is left to train on: lower sft.dev_fraction, raise student.max_length"
         )
     say(f"sft: {len(train_rows)} train and {len(dev_rows)} dev rows")
     work = run_dir.path / "trainer"
@@ -57,18 +67,21 @@ async def run(project: Project) -> dict[str, Any]:
     trainer = build_trainer(student, config, train_rows, dev_rows, work)
     with counting("sft", trainer_steps(trainer)) as progress:
         trainer.add_callback(_Progress(progress))
+        if config.evaluate.every_steps and (fixed := captured(project)).answers:
+            trainer.add_callback(_Looks(project, student, Yardstick(project, student, fixed)))
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
     with run_dir.committing("sft", settings) as folder:
         student.save(folder)
         write_card(folder, project, "sft", f"SFT on {len(train_rows)} teacher answers", student.config.model)
     project.log("sft", metric_rows(trainer.state.log_history))
+    project.log("sft", [{"checkpoint": "sft", "name": name, "value": value} for name, value in coverage.items()])
     shutil.rmtree(work)
-    say(f"sft: {trainer.state.global_step} steps, best dev NLL {trainer.state.best_metric}")
-    return {"checkpoint": str(run_dir.checkpoint("sft")), "steps": trainer.state.global_step}
+    say(f"sft: {trainer.state.global_step} steps, best dev loss {trainer.state.best_metric}")
+    return {"checkpoint": str(run_dir.checkpoint("sft")), "steps": trainer.state.global_step, **coverage}
 
 
-def training_rows(project: Project) -> list[tuple[Prompt, str]]:
-    """(prompt, answer) of the questions that `sample` asks under this config.
+def training_answers(project: Project) -> list[Answer]:
+    """(prompt, completion_id, text) of the questions that `sample` asks under this config.
 
     Raises:
         TrainingError: there are none.
@@ -79,7 +92,25 @@ def training_rows(project: Project) -> list[tuple[Prompt, str]]:
             f"no answers of {project.config.teacher.model} to these prompts in {project.corpus.path}: "
             "run `sample` first"
         )
-    return [(prompt, text) for prompt, _, text in rows]
+    return rows
+
+
+def labelled(project: Project, student: Student, answers: Sequence[Answer]) -> tuple[list[Row], dict[str, float]]:
+    """A row for each answer, with its soft labels where they are wanted and there; how much of it they cover."""
+    rendered = [student.renderer.render(prompt.messages, text) for prompt, _, text in answers]
+    if not project.config.sft.soft_labels:
+        return [Row(each, None) for each in rendered], {}
+    model = project.config.teacher.model
+    by = scorer(model, project.teacher.context.context_hash)
+    texts = [(completion_id, text) for _, completion_id, text in answers]
+    found = label(project.corpus, student.renderer, model, by, texts)
+    coverage = found.metrics()
+    if coverage:
+        with_labels = sum(labelled_tokens(each) > 0 for each in found.labels)
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in coverage.items())
+        tokenizer = "the teacher's tokenizer is the student's" if found.same else "across tokenizers"
+        say(f"sft: {with_labels} of {len(answers)} answers have soft labels ({shown}; {tokenizer})")
+    return [Row(*each) for each in zip(rendered, found.labels, strict=True)], coverage
 
 
 def keep_if_same(work: Path, settings: dict[str, Any]) -> None:
@@ -94,23 +125,22 @@ def keep_if_same(work: Path, settings: dict[str, Any]) -> None:
             shutil.rmtree(folder)
 
 
-def split_dev(rows: Sequence[tuple[Prompt, str]], fraction: float) -> tuple[list[Any], list[Any]]:
+def split_dev(rows: Sequence[tuple[Answer, Row]], fraction: float) -> tuple[list[Row], list[Row]]:
     """(train, dev): all answers to a prompt fall on the same side, by the prompt's hash."""
-    ids = sorted({prompt.prompt_id for prompt, _ in rows})
+    ids = sorted({prompt.prompt_id for (prompt, _, _), _ in rows})
     dev_ids = set(ids[: round(fraction * len(ids))])
     return (
-        [row for row in rows if row[0].prompt_id not in dev_ids],
-        [row for row in rows if row[0].prompt_id in dev_ids],
+        [row for (prompt, _, _), row in rows if prompt.prompt_id not in dev_ids],
+        [row for (prompt, _, _), row in rows if prompt.prompt_id in dev_ids],
     )
 
 
-def render(student: Student, rows: Sequence[tuple[Prompt, str]]) -> list[Rendered]:
-    """Tokens and labels; rows longer than `student.max_length` are left out and counted."""
-    rendered = [student.renderer.render(prompt.messages, text) for prompt, text in rows]
-    fitting = [row for row in rendered if len(row.input_ids) <= student.config.max_length]
-    if len(fitting) < len(rendered):
-        say(f"{len(rendered) - len(fitting)} rows are longer than student.max_length; they are left out")
-    return fitting
+def fitting(student: Student, rows: Sequence[Row]) -> list[Row]:
+    """Rows that are not longer than `student.max_length`; the others are counted."""
+    kept = [row for row in rows if len(row.rendered.input_ids) <= student.config.max_length]
+    if len(kept) < len(rows):
+        say(f"{len(rows) - len(kept)} rows are longer than student.max_length; they are left out")
+    return kept
 
 
 def trainer_config(config: Config, work: Path, *, has_dev: bool) -> TrlConfig:
@@ -158,32 +188,38 @@ def check_values(block: dict[str, Any]) -> None:
 
 
 def build_trainer(
-    student: Student, config: Config, train: list[Rendered], dev: list[Rendered], work: Path
-) -> SFTTrainer:
+    student: Student, config: Config, train: list[Row], dev: list[Row], work: Path
+) -> DistillationTrainer:
     """TRL's trainer over rows that are tokens already.
 
     Raises:
         AlignmentError: TRL would train on other tokens or labels than those rendered here.
+        ConfigError: see `trainer_config`.
     """
     datasets.disable_progress_bars()
     stopping = [EarlyStoppingCallback(config.sft.early_stopping_patience)] if dev else []
-    trainer = SFTTrainer(
+    args = trainer_config(config, work, has_dev=bool(dev))
+    if args.packing and any(row.soft for row in train):
+        raise ConfigError("sft.trainer.packing: packed rows lose their soft labels; set sft.soft_labels to false")
+    trainer = DistillationTrainer(
         model=student.model,
-        args=trainer_config(config, work, has_dev=bool(dev)),
+        args=args,
         train_dataset=_dataset(train),
         eval_dataset=_dataset(dev) if dev else None,
         processing_class=student.tokenizer,
+        data_collator=None if args.packing or args.padding_free else SoftCollator(student.renderer.end_id),
         callbacks=stopping,
+        soft_loss=config.sft.soft,
     )
     for talkative in (PrinterCallback, ProgressCallback):  # they print to stdout, which is for results
         trainer.remove_callback(talkative)
-    for ours, theirs in zip(train, trainer.train_dataset, strict=True):
+    for ours, theirs in zip((row.rendered for row in train), trainer.train_dataset, strict=True):
         if list(theirs["labels"]) != ours.labels or list(theirs["input_ids"]) != ours.input_ids:
             raise AlignmentError("TRL changed the tokens or labels of a training row; set sft.trainer back to defaults")
     return trainer
 
 
-def trainer_steps(trainer: SFTTrainer) -> int:
+def trainer_steps(trainer: DistillationTrainer) -> int:
     """Optimiser steps, unless it stops early."""
     args = trainer.args
     if args.max_steps > 0:
@@ -200,7 +236,7 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Remember the newest loss."""
-        for key, name in (("loss", "loss"), ("eval_loss", "dev NLL")):
+        for key, name in (("loss", "loss"), ("eval_loss", "dev loss")):
             if logs and key in logs:
                 self._note = f"{name} {float(logs[key]):.3f}"
 
@@ -209,25 +245,40 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
         self._progress.advance(state.global_step - self._progress.done, note=self._note)
 
 
-def _dataset(rows: list[Rendered]) -> datasets.Dataset:
-    return datasets.Dataset.from_dict(
-        {"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}
-    )
+class _Looks(TrainerCallback):  # type: ignore[misc]
+    """A look at the fixed set now and then: a loss can fall while the KL on rare tokens explodes."""
+
+    def __init__(self, project: Project, student: Student, yardstick: Yardstick) -> None:
+        self._project, self._student, self._yardstick = project, student, yardstick
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Every `evaluate.every_steps`."""
+        every = self._project.config.evaluate.every_steps
+        if every and state.global_step % every == 0:
+            rows = self._yardstick.rows(self._student, checkpoint="sft", step=state.global_step)
+            self._project.log("sft", rows)
+
+
+def _dataset(rows: list[Row]) -> datasets.Dataset:
+    return dataset([row.rendered for row in rows], [row.soft for row in rows])
+
+
+LOGGED = {
+    "loss": ("train", "loss"), "nll": ("train", "nll"), "topk_kl": ("train", "topk_kl"),
+    "grad_norm": ("train", "grad_norm"), "eval_loss": ("dev", "loss"), "eval_nll": ("dev", "nll"),
+    "eval_topk_kl": ("dev", "topk_kl"),
+}  # fmt: skip
+"""TRL's name -> split and metric; nats per supervised token."""
 
 
 def metric_rows(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """TRL's log as metric rows: `loss` on train and `nll` on dev, in nats per supervised token."""
-    rows = []
-    for entry in history:
-        for key, split, name in (
-            ("loss", "train", "loss"),
-            ("eval_loss", "dev", "nll"),
-            ("grad_norm", "train", "grad_norm"),
-        ):
-            if key in entry and torch.isfinite(torch.tensor(float(entry[key]))):
-                rows.append({"checkpoint": "sft", "step": entry["step"], "split": split, "name": name,
-                             "value": float(entry[key])})  # fmt: skip
-    return rows
+    """TRL's log as metric rows."""
+    return [
+        {"checkpoint": "sft", "step": entry["step"], "split": split, "name": name, "value": float(entry[key])}
+        for entry in history
+        for key, (split, name) in LOGGED.items()
+        if key in entry and math.isfinite(float(entry[key]))
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -55,7 +55,7 @@ def test_a_minimal_config_gets_the_documented_defaults(load: Load) -> None:
 def test_flags_beat_the_file_and_are_read_as_yaml(load: Load) -> None:
     config = load(
         "--sample.n", "3", "--sample.max_prompts=8", "--corpus", "/c.duckdb", "--student.lora.target_modules", "[q, v]",
-        "--evaluate.top_logprobs", "null", more="sample: {n: 2, temperature: 0.5}",
+        "--evaluate.top_logprobs", "null", more="sample: {n: 2, temperature: 0.5, top_logprobs: null}",
     )  # fmt: skip
     assert (config.sample.n, config.sample.max_prompts, config.sample.temperature) == (3, 8, 0.5)
     assert config.corpus_path == Path("/c.duckdb")
@@ -251,9 +251,21 @@ def test_a_config_cannot_be_changed_by_the_stage_that_reads_it(load: Load) -> No
 
 
 def test_sections_are_what_a_checkpoint_depends_on(load: Load) -> None:
-    assert load("--seed", "7").sections("seed", "sft") == {
-        "seed": 7, "sft": {"dev_fraction": 0.15, "early_stopping_patience": 1, "trainer": {}},
+    found = load("--seed", "7").sections("seed", "sft")
+    assert found["seed"] == 7
+    assert found["sft"] == {
+        "soft_labels": True, "soft": {"alpha": 0.0, "beta": 0.0, "tail": "bucket"}, "allow_temperature_mismatch": False,
+        "dev_fraction": 0.15, "early_stopping_patience": 1, "trainer": {},
     }  # fmt: skip
+
+
+def test_text_of_another_temperature_than_its_soft_labels_has_to_be_asked_for(load: Load) -> None:
+    for drawn in (("--sample.temperature", "0.7"), ("--sample.top_p", "0.9")):
+        with pytest.raises(ConfigError, match=r"sft.soft_labels: .* at (0.7 and 1|1 and 0.9); set sft.soft_labels to"):
+            load(*drawn)
+        assert load(*drawn, "--sft.soft_labels", "false").sample.draws == 1
+        assert load(*drawn, "--sft.allow_temperature_mismatch", "true").sample.draws == 1
+        assert load(*drawn, "--sample.top_logprobs", "null").sample.draws == 1
 
 
 def test_every_key_has_one_line_of_help_with_its_default() -> None:

@@ -10,8 +10,9 @@ import pytest
 
 from blackbox_kd.config import load_config
 from blackbox_kd.errors import AlignmentError
-from blackbox_kd.evaluate import FixedSet, capture, chrf, interval, table
+from blackbox_kd.evaluate import chrf, table
 from blackbox_kd.project import Config, Project, overrides
+from blackbox_kd.yardstick import FixedSet, capture, interval
 
 
 def test_an_interval_without_weights_is_about_the_mean() -> None:

@@ -6,16 +6,19 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import peft
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
+from blackbox_kd.align import SoftLabels
 from blackbox_kd.config import StudentConfig
-from blackbox_kd.errors import ModelError
+from blackbox_kd.errors import AlignmentError, ModelError
 from blackbox_kd.hashing import file_hash
+from blackbox_kd.losses import divergence, token_logprobs
 from blackbox_kd.progress import counting
 from blackbox_kd.student.load import end_ids, load_base
 from blackbox_kd.student.render import IGNORE, Rendered, Renderer
@@ -25,6 +28,15 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 BASE_POLICY = "base"
 """`policy` of the student before any training."""
+
+
+class TokenScores(NamedTuple):
+    """A row's S supervised tokens under a student."""
+
+    logprobs: np.ndarray
+    """(S,) log p in nats."""
+    tail_kl: np.ndarray
+    """(S,) nats, see `yardstick`; NaN where a token has no soft label."""
 
 
 class Student:
@@ -99,22 +111,30 @@ class Student:
         drawn: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
         return [ids[: ids.index(end) + 1] if end in ids else ids for ids in drawn]
 
-    @torch.no_grad()
     def logprobs(self, rows: Sequence[Rendered], *, batch_size: int) -> list[list[float]]:
         """log p of each supervised token in nats (temperature 1, eval mode), one list for each row."""
+        scores = self.score(rows, [None] * len(rows), batch_size=batch_size)
+        return [each.logprobs.tolist() for each in scores]
+
+    @torch.no_grad()
+    def score(
+        self, rows: Sequence[Rendered], soft: Sequence[SoftLabels | None], *, batch_size: int
+    ) -> list[TokenScores]:
+        """Each row's S supervised tokens at temperature 1 in eval mode, beside the teacher's soft labels of them.
+
+        Raises:
+            AlignmentError: a row with another number of soft labels than supervised tokens.
+        """
         self.model.eval()
-        found: list[list[float]] = []
+        found: list[TokenScores] = []
         for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
+            batch, labels = rows[start : start + batch_size], soft[start : start + batch_size]
             input_ids, mask = self.pad([row.input_ids for row in batch], "right")
-            labels = pad_sequence([torch.tensor(row.labels) for row in batch], batch_first=True, padding_value=IGNORE)
-            first = first_kept(labels != IGNORE)
+            targets = pad_sequence([torch.tensor(row.labels) for row in batch], batch_first=True, padding_value=IGNORE)
+            first = first_kept(targets != IGNORE)
             logits_BTV = logits_from(self.model, input_ids, mask, first)
-            targets_BT = labels[:, first:].to(self.device)
-            for logits_TV, targets_T in zip(logits_BTV, targets_BT, strict=True):
-                kept = targets_T != IGNORE
-                logprobs_SV = logits_TV[kept].float().log_softmax(-1)
-                found.append(logprobs_SV.gather(1, targets_T[kept].unsqueeze(1)).squeeze(1).tolist())
+            targets_BT = targets[:, first:].to(self.device)
+            found += [_scores(*each) for each in zip(logits_BTV, targets_BT, labels, strict=True)]
         return found
 
     def pad(self, rows: Sequence[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,6 +158,22 @@ def _with_lora(base: Any, config: StudentConfig, adapter: Path | None, seed: int
             return peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
         torch.manual_seed(seed)
         return peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump()))
+
+
+def _scores(logits_TV: torch.Tensor, targets_T: torch.Tensor, soft: SoftLabels | None) -> TokenScores:
+    kept_T = targets_T != IGNORE
+    logits_SV, targets_S1 = logits_TV[kept_T], targets_T[kept_T].unsqueeze(1)
+    logprobs_S = token_logprobs(logits_SV, targets_S1).squeeze(1)
+    tail_kl_S = torch.full_like(logprobs_S, float("nan"))
+    if soft is not None:
+        if len(soft.ids) != len(tail_kl_S):
+            raise AlignmentError(f"{len(soft.ids)} soft labels for {len(tail_kl_S)} supervised tokens")
+        teacher_SK = torch.from_numpy(soft.logprobs).to(logits_SV.device)
+        labelled_S = teacher_SK.isfinite().any(1)
+        ids_LK = torch.from_numpy(soft.ids).to(logits_SV.device, torch.long)[labelled_S]
+        student_LK = token_logprobs(logits_SV[labelled_S], ids_LK)
+        tail_kl_S[labelled_S] = divergence(teacher_SK[labelled_S], student_LK, beta=0.0, tail="bucket")
+    return TokenScores(logprobs_S.cpu().numpy(), tail_kl_S.cpu().numpy())
 
 
 def first_kept(kept_BT: torch.Tensor) -> int:

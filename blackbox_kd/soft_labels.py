@@ -1,0 +1,75 @@
+"""Soft labels for stored answers: the teacher's top-k in the student's tokens, read from the corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from blackbox_kd.align import Aligner, SoftLabels, learn_end_ids, same_tokenizer
+from blackbox_kd.corpus import Corpus
+from blackbox_kd.errors import AlignmentError
+from blackbox_kd.progress import say
+from blackbox_kd.student.render import Renderer
+from blackbox_kd.student.vocabulary import student_vocab
+
+
+class Labelled(NamedTuple):
+    """Soft labels of some answers; sums and counts are over the tokens of all of them."""
+
+    labels: list[SoftLabels | None]
+    """None where the scorer gave no logprobs, or they are not those of the text."""
+    same: bool
+    """One tokenizer on both sides: then a tail-KL is never above the true KL."""
+
+    def metrics(self) -> dict[str, float]:
+        """`coverage` (of tokens), `captured_mass` and `ambiguous_mass` (mean of labelled tokens); {} without labels."""
+        tokens = sum(len(each.ids) for each in self.labels if each is not None)
+        labelled = [labelled_tokens(each) for each in self.labels]
+        if not sum(labelled):
+            return {}
+        return {
+            "coverage": sum(labelled) / tokens,
+            "captured_mass": self._mean("mapped", labelled),
+            "ambiguous_mass": self._mean("ambiguous", labelled),
+        }
+
+    def _mean(self, name: str, labelled: Sequence[int]) -> float:
+        total = sum(getattr(each, name) * n for each, n in zip(self.labels, labelled, strict=True) if each is not None)
+        return float(total / sum(labelled))
+
+
+def labelled_tokens(labels: SoftLabels | None) -> int:
+    """How many tokens of an answer have a label."""
+    return 0 if labels is None else int((labels.logprobs > -np.inf).any(1).sum())
+
+
+def label(corpus: Corpus, renderer: Renderer, model: str, scorer: str, answers: Sequence[tuple[str, str]]) -> Labelled:
+    """Soft labels for whole answers, given as (completion_id, text as it is trained on).
+
+    `scorer` is who gave the logprobs, `model` whose tokens they are. What cannot be aligned is counted, and said.
+
+    Raises:
+        ModelError: the student's tokenizer changes texts, see `student_vocab`.
+    """
+    scored = corpus.scored_tokens([completion_id for completion_id, _ in answers], scorer)
+    if not any(tokens.top_ids.size for tokens in scored.values()):
+        return Labelled([None] * len(answers), same=False)
+    vocab, student = corpus.vocab(model), student_vocab(renderer.tokenizer, renderer.end_id)
+    ends = learn_end_ids(vocab, [(text, scored[i]) for i, text in answers if i in scored])
+    triples = {i: (text, scored[i], renderer.completion(text)) for i, text in answers if i in scored}
+    same = same_tokenizer(vocab, student, triples.values(), end_ids=ends)
+    aligner = Aligner(vocab, student, end_ids=ends, same=same)
+    aligner.observe(triples.values())
+    labels, wrong = list[SoftLabels | None](), list[str]()
+    for completion_id, _ in answers:
+        labels.append(None)
+        if completion_id in triples:
+            try:
+                labels[-1] = aligner.align(*triples[completion_id])
+            except AlignmentError as error:
+                wrong.append(str(error))
+    if wrong:
+        say(f"soft labels: {len(wrong)} of {len(answers)} answers have none, their tokens do not fit ({wrong[0]})")
+    return Labelled(labels, same)

@@ -1,0 +1,169 @@
+"""TRL's SFT trainer, taught soft labels: a divergence from the teacher's top-k on every token that has one.
+
+TRL's own loss runs inside a patched head that gives no logits, and its data pipeline drops columns that it does not
+know. So loss, columns and collator are ours; everything else of a training run is TRL's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each trainer that is built; nobody asked for it
+
+import datasets
+import numpy as np
+import torch
+from trl import SFTConfig as TrlConfig
+from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from blackbox_kd.align import SoftLabels, check_not_shifted
+from blackbox_kd.config import SoftLossConfig
+from blackbox_kd.errors import AlignmentError
+from blackbox_kd.losses import cross_entropy, mix, topk_kl
+from blackbox_kd.student.render import IGNORE, Rendered
+from blackbox_kd.student.student import first_kept, logits_from
+
+__all__ = ["DistillationTrainer", "SoftCollator", "TrlConfig", "dataset"]
+
+TEACHER_COLUMNS = ("teacher_ids", "teacher_logprobs")
+"""S * K numbers a row, for its S supervised tokens."""
+
+
+def dataset(rows: Sequence[Rendered], soft: Sequence[SoftLabels | None]) -> datasets.Dataset:
+    """Rows as TRL takes them, with the teacher's columns where any row has soft labels.
+
+    Raises:
+        AlignmentError: a row with another number of soft labels than supervised tokens.
+    """
+    columns: dict[str, Any] = {"input_ids": [r.input_ids for r in rows], "labels": [r.labels for r in rows]}
+    k = max((labels.ids.shape[1] for labels in soft if labels is not None), default=0)
+    if k:
+        filled = [_filled(row, labels, k) for row, labels in zip(rows, soft, strict=True)]
+        columns |= {name: [row[i] for row in filled] for i, name in enumerate(TEACHER_COLUMNS)}
+    return datasets.Dataset.from_dict(columns)
+
+
+def _filled(row: Rendered, soft: SoftLabels | None, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Flat (S * K) ids and logprobs; a row without soft labels is all empty slots."""
+    supervised = sum(label != IGNORE for label in row.labels)
+    ids = np.zeros((supervised, k), dtype=np.int64)
+    logprobs = np.full((supervised, k), -np.inf, dtype=np.float32)
+    if soft is not None:
+        if len(soft.ids) != supervised:
+            raise AlignmentError(f"{len(soft.ids)} soft labels for {supervised} supervised tokens")
+        width = soft.ids.shape[1]
+        ids[:, :width], logprobs[:, :width] = soft.ids, soft.logprobs
+    return ids.reshape(-1), logprobs.reshape(-1)
+
+
+@dataclass
+class SoftCollator(DataCollatorForLanguageModeling):  # type: ignore[misc]
+    """Pads as TRL does; the teacher's columns become (B, T, K), row t about token t of `input_ids`."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch.
+
+        Raises:
+            AlignmentError: TRL cut or repacked a row, so that its soft labels belong to other tokens.
+        """
+        batch: dict[str, Any] = super().torch_call(examples)
+        if TEACHER_COLUMNS[0] not in examples[0]:
+            return batch
+        kept_BT = batch["labels"] != IGNORE
+        supervised, slots = int(kept_BT.sum()), sum(len(e[TEACHER_COLUMNS[0]]) for e in examples)
+        if slots % supervised:
+            raise AlignmentError(f"{slots} alternatives for {supervised} supervised tokens: TRL changed the rows")
+        for name, empty in zip(TEACHER_COLUMNS, (0, float("-inf")), strict=True):
+            values_SK = torch.cat([torch.tensor(e[name]) for e in examples]).view(supervised, -1)
+            whole_BTK = torch.full((*kept_BT.shape, values_SK.shape[1]), empty, dtype=values_SK.dtype)
+            whole_BTK[kept_BT] = values_SK
+            batch[name] = whole_BTK
+        return batch
+
+
+class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer whose rows may carry soft labels, and whose `eval_loss` is a mean over tokens, not over batches.
+
+    loss = 1/N sum_t [ hard_t NLL_t + (1 - alpha) soft_t D_beta(teacher_t || student_t) ], with N supervised tokens in
+    the optimiser step; soft_t is 1 where token t has a soft label; hard_t is alpha there and 1 elsewhere.
+    """
+
+    def __init__(self, *args: Any, soft_loss: SoftLossConfig, **kwargs: Any) -> None:
+        """Raises:
+        AlignmentError: the soft labels of the training set, as they reach the loss, are not about its tokens.
+        """
+        super().__init__(*args, **kwargs)
+        self._soft_loss = soft_loss
+        self._eval_sums: dict[str, float] = {}
+        self._eval_tokens = 0.0
+        if TEACHER_COLUMNS[0] in self.train_dataset.column_names:
+            check_collated(self.data_collator, self.train_dataset)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns: list[str] = list(dict.fromkeys([*self._signature_columns, *TEACHER_COLUMNS]))
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """A scalar; see the class."""
+        if return_outputs:
+            raise NotImplementedError("the logits of a whole evaluation are not kept")
+        tokens = (inputs["labels"] != IGNORE).sum()
+        if TEACHER_COLUMNS[0] in inputs:
+            loss, metrics = self._soft(model, inputs, tokens if num_items_in_batch is None else num_items_in_batch)
+            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+                loss = loss * self.accelerator.num_processes  # data parallelism averages gradients, our loss is a sum
+        else:
+            loss, metrics = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch), {}
+            metrics = {} if self.model.training else {"nll": float(loss)}
+        if not self.model.training:
+            for name, value in ({"loss": float(loss)} | metrics).items():
+                self._eval_sums[name] = self._eval_sums.get(name, 0.0) + value * float(tokens)
+            self._eval_tokens += float(tokens)
+        elif metrics:
+            share = float(num_items_in_batch or tokens) / float(tokens)
+            for name, value in metrics.items():
+                self._metrics["train"][name].append(value * share)
+        return loss
+
+    def _soft(self, model: Any, inputs: Mapping[str, Any], normalizer: Any) -> tuple[torch.Tensor, dict[str, float]]:
+        labels_BT = inputs["labels"]
+        first = first_kept(labels_BT != IGNORE)
+        logits_BTV = logits_from(model, inputs["input_ids"], inputs["attention_mask"], first)
+        labels_BT, ids_BTK, logprobs_BTK = (inputs[n][:, first:] for n in ("labels", *TEACHER_COLUMNS))
+        loss, n = self._soft_loss, float(normalizer)
+        kept_BT = labels_BT != IGNORE
+        hard_BT, soft_BT = mix(loss.alpha, kept_BT, logprobs_BTK.isfinite().any(-1))
+        soft = topk_kl(logits_BTV, ids_BTK, logprobs_BTK, soft_BT, beta=loss.beta, tail=loss.tail, normalizer=n)
+        hard = cross_entropy(logits_BTV, labels_BT.clamp_min(0), hard_BT, normalizer=n)
+        with torch.no_grad():
+            nll = cross_entropy(logits_BTV, labels_BT.clamp_min(0), kept_BT, normalizer=n)
+        return hard.loss + soft.loss, {"nll": float(nll.loss), "topk_kl": soft.metrics["kl"]}
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's, with means over all supervised tokens of the set."""
+        self._eval_sums, self._eval_tokens = {}, 0.0
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        names = sorted(self._eval_sums)
+        sums = torch.tensor([*(self._eval_sums[name] for name in names), self._eval_tokens])
+        *totals, tokens = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").tolist()
+        output.metrics.update({f"{prefix}_{name}": total / tokens for name, total in zip(names, totals, strict=True)})
+        return output
+
+
+def check_collated(collator: Any, rows: datasets.Dataset) -> None:
+    """Whether the soft labels are about the tokens beside them, seen at the last place before the loss."""
+    soft, targets = [], []
+    for example in rows:
+        batch = collator([example])
+        kept_T = batch["labels"][0] != IGNORE
+        ids, logprobs = (batch[name][0][kept_T].numpy() for name in TEACHER_COLUMNS)
+        soft.append(SoftLabels(ids, logprobs, *[0.0] * 5))
+        targets.append(batch["labels"][0][kept_T].tolist())
+    check_not_shifted(soft, targets)
