@@ -227,6 +227,15 @@ class Feedback(msgspec.Struct, frozen=True, kw_only=True):
     detail: dict[str, Any] = {}
 
 
+class SoftTargets(NamedTuple):
+    """What the teacher would have written next, for the S tokens of a sample that learn it."""
+
+    ids: np.ndarray
+    """(S, K) student ids, unique in a row; empty slots are id 0 with -inf."""
+    logprobs: np.ndarray
+    """(S, K) nats."""
+
+
 class TrainSample(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens to learn from. The trainer reads weights, never an algorithm's name."""
 
@@ -234,7 +243,16 @@ class TrainSample(msgspec.Struct, frozen=True, kw_only=True):
     """completion_id of the text; training order follows it."""
     input_ids: list[int]
     weights: Mapping[str, list[float]]
-    """Loss component (`losses.COMPONENTS`) -> one weight for each of `input_ids`; 0 on tokens it does not train."""
+    """Loss component (`student.components`) -> one weight for each of `input_ids`; 0 on tokens it does not train.
+
+    For `pg` the weight is the advantage; for `pair` it is 1 on the chosen answer's tokens and -1 on the rejected one's.
+    """
+    soft: Any = None
+    """SoftTargets of the tokens whose `topk_kl` weight is not 0, in their order; None where there are none."""
+    logprobs: Mapping[str, list[float]] = {}
+    """`old`: of the policy that wrote the tokens (`pg`); `ref`: of the reference (`pair`). As long as `input_ids`."""
+    pair_id: str | None = None
+    """Two samples of one pair share it, and are trained in one micro-batch."""
 
 
 class Interval(msgspec.Struct, frozen=True, kw_only=True):

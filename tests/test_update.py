@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import pytest
 import torch
 
 from blackbox_kd.algorithms.base import ce_sample
 from blackbox_kd.config import StudentConfig, UpdateConfig
 from blackbox_kd.errors import AlignmentError, TrainingError
+from blackbox_kd.student.components import COMPONENTS
 from blackbox_kd.student.student import Student
 from blackbox_kd.student.update import Updater, batches
-from blackbox_kd.types import TrainSample
+from blackbox_kd.types import SoftTargets, TrainSample
 
 
 @pytest.fixture
@@ -27,6 +30,29 @@ def samples(student: Student, count: int = 8) -> list[TrainSample]:
     ]
 
 
+def streams(student: Student, name: str, count: int = 8) -> list[TrainSample]:
+    """Samples that train one component; their other numbers are made up, and repeat."""
+    rng = np.random.default_rng(3)
+    found = []
+    for i, sample in enumerate(samples(student, count)):
+        kept = sample.weights["ce"]
+        size = int(sum(kept))
+        signs = {"pg": rng.normal(size=len(kept)), "pair": np.full(len(kept), -1.0 if i % 2 else 1.0)}
+        ids = np.stack([rng.choice(320, 3, replace=False) for _ in range(size)])
+        teacher = SoftTargets(ids, np.log(rng.dirichlet(np.ones(4), size)[:, :3]))
+        found.append(
+            TrainSample(
+                sample_id=sample.sample_id,
+                input_ids=sample.input_ids,
+                weights={name: (np.array(kept) * signs.get(name, 1.0)).tolist()},
+                soft=teacher if name == "topk_kl" else None,
+                logprobs={key: (-3 * np.array(kept)).tolist() for key in ("old", "ref")},
+                pair_id=f"p{i // 2}" if name == "pair" else None,
+            )
+        )
+    return found
+
+
 def adapter(student: Student) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in student.model.parameters() if p.requires_grad])
 
@@ -39,15 +65,40 @@ def test_it_learns_an_overfit_batch(student: Student) -> None:
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
-def test_micro_batches_do_not_change_the_step(tiny_model: Path, micro_batch_size: int) -> None:
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_micro_batches_do_not_change_the_step(tiny_model: Path, name: str, micro_batch_size: int) -> None:
     results = []
     for size in (8, micro_batch_size):
         student = Student(StudentConfig(model=str(tiny_model), device="cpu"), seed=1)
         config = UpdateConfig(learning_rate=1e-2, micro_batch_size=size, max_steps=2)
-        metrics = Updater(student, config).run(samples(student), seed=0)
-        results.append((metrics[-1]["loss"], adapter(student)))
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
+        metrics = Updater(student, config).run(streams(student, name), seed=0)
+        results.append((metrics[-1], adapter(student)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-3)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_every_component_falls_on_what_it_learns(student: Student, name: str) -> None:
+    metrics = Updater(student, UpdateConfig(learning_rate=1e-2, max_steps=12)).run(streams(student, name), seed=0)
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 1e-3
+
+
+def test_components_of_one_step_add_up_each_under_its_own_count(student: Student) -> None:
+    mixed = [*streams(student, "ce", 2), *streams(student, "pair", 4)]
+    mixed = [msgspec.structs.replace(s, sample_id=f"{i}") for i, s in enumerate(mixed)]
+    (both,) = Updater(student, UpdateConfig(learning_rate=1e-9, max_steps=1, micro_batch_size=1)).run(mixed, seed=0)
+    (ce,) = Updater(student, UpdateConfig(learning_rate=1e-9, max_steps=1)).run(mixed[:2], seed=0)
+    (pair,) = Updater(student, UpdateConfig(learning_rate=1e-9, max_steps=1)).run(mixed[2:], seed=0)
+    assert both["loss"] == pytest.approx(ce["loss"] + pair["loss"], rel=1e-3)
+    assert (both["ce_count"], both["pair_count"]) == (ce["ce_count"], 2)
+
+
+def test_options_reach_their_component(student: Student) -> None:
+    def loss(**options: float) -> float:
+        updater = Updater(student, UpdateConfig(learning_rate=1e-9, max_steps=1), losses={"topk_kl": options})
+        return updater.run(streams(student, "topk_kl"), seed=0)[0]["loss"]
+
+    assert loss(beta=1.0) != pytest.approx(loss(beta=0.0), rel=1e-2)
 
 
 def test_the_optimiser_lives_on_over_a_restart(tiny_model: Path, tmp_path: Path) -> None:
@@ -73,9 +124,9 @@ def test_every_row_is_used_once_an_epoch_in_a_repeatable_order(student: Student)
     rows = samples(student, 10)
     first = batches(rows, 4, 3, seed=5)
     assert [len(batch) for batch in first] == [4, 4, 2]
-    assert sorted(s.sample_id for batch in first for s in batch) == sorted(s.sample_id for s in rows)
+    assert sorted(s.sample_id for batch in first for (s,) in batch) == sorted(s.sample_id for s in rows)
     shuffled = batches(list(reversed(rows)), 4, 3, seed=5)
-    assert [[s.sample_id for s in b] for b in first] == [[s.sample_id for s in b] for b in shuffled]
+    assert [[s.sample_id for (s,) in b] for b in first] == [[s.sample_id for (s,) in b] for b in shuffled]
     assert len(batches(rows, 4, 7, seed=5)) == 7
 
 
@@ -96,11 +147,18 @@ def test_nothing_to_learn_is_an_error(student: Student) -> None:
 @pytest.mark.parametrize(
     ("weights", "said"),
     [({"ce": [0.0, 1.0, 1.0]}, "3 ce weights for 2 tokens"), ({"nope": [0.0, 1.0]}, "no loss component 'nope'"),
-     ({"ce": [1.0, 1.0]}, "nothing predicts it")],
+     ({"ce": [1.0, 1.0]}, "nothing predicts it"), ({"pg": [0.0, 1.0]}, "pg weights without the logprobs 'old'"),
+     ({"pair": [0.0, 1.0]}, "pair weights without the logprobs 'ref'"),
+     ({"topk_kl": [0.0, 1.0]}, "without as many soft targets .1 tokens, 0 targets")],
 )  # fmt: skip
 def test_streams_that_do_not_fit_are_an_error(student: Student, weights: dict[str, list[float]], said: str) -> None:
     with pytest.raises(AlignmentError, match=said):
         Updater(student, UpdateConfig()).run([TrainSample(sample_id="x", input_ids=[1, 2], weights=weights)], seed=0)
+
+
+def test_a_pair_with_one_side_is_an_error(student: Student) -> None:
+    with pytest.raises(AlignmentError, match="1 pairs without a chosen or a rejected answer, such as p1"):
+        Updater(student, UpdateConfig()).run(streams(student, "pair", 3), seed=0)
 
 
 def test_a_loss_that_is_not_a_number_stops(student: Student) -> None:

@@ -1,26 +1,24 @@
-"""Loss components: pure functions of tensors. B batch, T tokens, V vocabulary, K top-k, S kept tokens.
+"""Losses: pure functions of tensors. B batch, T tokens, V vocabulary, K top-k, S kept tokens.
 
 Row t of every input is about the same predicted token: the caller shifts (the ids, not the logits: a slice of logits
-costs autograd another (B, T, V)). Each component has its own weight stream and its own normaliser, so that one batch of
-8 gives the gradient of eight of 1. Computed in float32 (float64 for float64 logits), whatever the model's dtype.
+costs autograd another (B, T, V)). Each takes its own weights and its own normaliser, so that one batch of 8 gives the
+gradient of eight of 1 (`student.components`). Computed in float32 (float64 for float64 logits), whatever the dtype of
+the model.
 
-    base       LossOut, Component, masks and normalisers
+    base       LossOut, masks and normalisers
     logprobs   log q of given tokens, without a second (B, T, V)
     distil     cross_entropy, topk_kl and their mixture
     policy     policy_gradient, group_advantages
     preference pair
 """
 
-from blackbox_kd.losses.base import Component, LossOut
+from blackbox_kd.losses.base import LossOut
 from blackbox_kd.losses.distil import TAILS, Tail, cross_entropy, divergence, mix, topk_kl
 from blackbox_kd.losses.logprobs import token_logprobs
 from blackbox_kd.losses.policy import group_advantages, policy_gradient
 from blackbox_kd.losses.preference import pair
 
-COMPONENTS: dict[str, Component] = {"ce": cross_entropy}
-"""By the name of the weight stream in `TrainSample.weights`."""
-
 __all__ = [
-    "COMPONENTS", "TAILS", "Component", "LossOut", "Tail", "cross_entropy", "divergence", "group_advantages", "mix",
+    "TAILS", "LossOut", "Tail", "cross_entropy", "divergence", "group_advantages", "mix",
     "pair", "policy_gradient", "token_logprobs", "topk_kl",
 ]  # fmt: skip

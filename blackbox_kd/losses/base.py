@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -14,21 +14,6 @@ class LossOut(NamedTuple):
 
     loss: torch.Tensor
     metrics: dict[str, float]
-
-
-class Component(Protocol):
-    """A loss that `student.update` can sum up."""
-
-    def __call__(
-        self,
-        logits_BTV: torch.Tensor,
-        targets_BT: torch.Tensor,
-        weights_BT: torch.Tensor,
-        *,
-        normalizer: float,
-    ) -> LossOut:
-        """`logits_BTV[b, t]` predicts `targets_BT[b, t]`; the sum over `weights_BT` is divided by `normalizer`."""
-        ...
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
