@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from blackbox_kd.corpus.claims import Claims
+from blackbox_kd.corpus.claims import FILES, Claims
 from blackbox_kd.errors import CorpusError
 from blackbox_kd.hashing import content_id
 
@@ -94,12 +94,12 @@ def descriptors() -> int:
     return len(list(Path("/dev/fd").iterdir()))
 
 
-def test_the_file_stays_empty_and_no_descriptor_is_left(tmp_path: Path) -> None:
+def test_the_files_stay_empty_and_no_descriptor_is_left(tmp_path: Path) -> None:
     before = descriptors()
     with Claims(tmp_path / "c", set()) as claims:
         claims.take(KEYS)
-        assert descriptors() == before + 1
-    assert (tmp_path / "c.claims").stat().st_size == 0
+        assert descriptors() == before + FILES
+    assert {file.stat().st_size for file in (tmp_path / "c.claims").iterdir()} == {0}
     assert descriptors() == before
 
 
@@ -110,6 +110,6 @@ def test_after_the_end_nothing_is_taken(tmp_path: Path) -> None:
     assert one.mine == set()
 
 
-def test_a_file_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"cannot make .*\.claims: No such file"):
         Claims(tmp_path / "none" / "c", set()).__enter__()

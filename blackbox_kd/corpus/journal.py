@@ -1,6 +1,6 @@
 """Received answers, on disk before anything else happens to them.
 
-A journal is a folder of segments, one for each process that writes. A record is a length, a CRC and msgpack;
+A journal is a folder of segments, each written by one process. A record is a length, a CRC and msgpack;
 a segment that ends in a torn record (kill, full disk) is read up to the tear. A segment that a living process
 holds is left alone.
 """
@@ -166,8 +166,12 @@ def put_aside(folder: Path, records: Sequence[Record]) -> Path:
         CorpusError: the disk is full or the file cannot be written.
     """
     path = folder / REFUSED
-    folder.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab", buffering=0)
+    except OSError as error:
+        raise CorpusError(f"cannot make {path}: {error.strerror}") from error
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         known = read_segment(path)
         for record in records:
