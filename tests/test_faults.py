@@ -309,24 +309,19 @@ def test_a_corpus_held_before_the_start_is_waited_for_and_its_holder_is_named(tm
     assert answers(tmp_path) == train(4)
 
 
+@pytest.mark.slow  # a person is told after 5 seconds
 def test_questions_that_cannot_be_looked_up_wait_until_the_corpus_is_free(
     corpus: Corpus, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    total, wait_s = CHUNK + 20, 0.2
+    total, seen = CHUNK + 20, list[str]()
 
-    def answered_but_not_stored() -> bool:
-        return len(api.bodies) == CHUNK
-
-    def free_after_a_while(other: subprocess.Popen[str]) -> None:
-        if eventually(answered_but_not_stored):
-            eventually(lambda: "waiting until it lets go" in said(capsys))
-        let_go(other)
-
-    seen: list[str] = []
-
-    def said(capsys: pytest.CaptureFixture[str]) -> str:
+    def said() -> str:
         seen.append(capsys.readouterr().err)
         return "".join(seen)
+
+    def let_go_once_it_is_said(other: subprocess.Popen[str]) -> None:
+        eventually(lambda: "waiting until it lets go" in said())
+        let_go(other)
 
     with ExitStack() as stack:
         holders: list[subprocess.Popen[str]] = []
@@ -334,15 +329,16 @@ def test_questions_that_cannot_be_looked_up_wait_until_the_corpus_is_free(
         def hold_and_answer(body: dict[str, Any], _: web.Request) -> Answer:
             if not holders:
                 holders.append(stack.enter_context(held_open(corpus.path)))
-                threading.Thread(target=free_after_a_while, args=holders).start()
+                threading.Thread(target=let_go_once_it_is_said, args=holders).start()
             return echo(body)
 
         with served(FakeAPI(hold_and_answer)) as api:
-            found, _ = ask(config(api.url), Corpus(corpus.path, lock_wait_s=wait_s), questions(total))
+            found, _ = ask(config(api.url), Corpus(corpus.path, lock_wait_s=0.2), questions(total))
     assert len(found) == len(api.bodies) == total
-    assert re.search(rf"\(PID {holders[0].pid}\)\); waiting until it lets go. Ctrl-C is safe", said(capsys))
+    assert re.search(rf"\(PID {holders[0].pid}\)\); waiting until it lets go. Ctrl-C is safe", said())
 
 
+@pytest.mark.slow  # a person is told after 5 seconds
 def test_ctrl_c_while_questions_wait_for_the_corpus_ends_the_run_and_keeps_what_was_received(tmp_path: Path) -> None:
     write_prompts(tmp_path / "prompts", train=CHUNK + 20)
     path = corpus_of(tmp_path).path
@@ -407,6 +403,7 @@ def asked_again(corpus: Corpus, number: int) -> None:
 # Two runs at once
 
 
+@pytest.mark.slow  # more questions than are looked up at once
 def test_two_runs_that_ask_the_same_at_the_same_time_both_finish_and_pay_once(tmp_path: Path) -> None:
     total = CHUNK + 40
     write_prompts(tmp_path / "prompts", train=total)
