@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,3 +91,13 @@ def let_go(other: subprocess.Popen[str]) -> None:
     if other.poll() is None and other.stdin and not other.stdin.closed:
         other.stdin.close()
         other.wait(timeout=30)
+
+
+def eventually(true: Callable[[], bool], within_s: float = 20.0) -> bool:
+    """Whether it becomes true in time."""
+    end = time.monotonic() + within_s
+    while not true():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True

@@ -56,6 +56,17 @@ def test_keys_and_views_are_kept(full: Corpus) -> None:
     assert full.rows("SELECT count(*) FROM sft") == [(0,)]
 
 
+def test_a_link_stays_a_link_to_the_smaller_file(full: Corpus, tmp_path: Path) -> None:
+    rows, link = everything(full), tmp_path / "elsewhere" / "link.duckdb"
+    link.parent.mkdir()
+    link.symlink_to(full.path)
+    before, after = compact(link)
+    assert link.is_symlink()
+    assert full.path.stat().st_size == after < before
+    assert everything(full) == rows
+    assert list(link.parent.iterdir()) == [link]
+
+
 def test_rows_that_are_still_in_the_write_ahead_log_are_kept(corpus: Corpus) -> None:
     code = "import sys, os, duckdb; c = duckdb.connect(sys.argv[1]); c.execute('SET wal_autocheckpoint = \\'1GB\\''); "
     code += "c.execute(\"INSERT INTO meta VALUES ('note', 'late')\"); os._exit(9)"

@@ -130,10 +130,22 @@ def test_opening_a_corpus_replays_the_journal_and_clears_it(corpus: Corpus) -> N
     assert again.replay() == 0
 
 
-def test_one_bad_record_leaves_nothing_of_its_batch(corpus: Corpus) -> None:
-    with pytest.raises(CorpusError, match=re.escape(str(corpus.path))):
-        corpus.try_ingest([answered(), answered(completion(choice_idx=1, text="b", prompt_id="no uuid"))])
-    assert stored(corpus, "attempts") == stored(corpus, "completions") == 0
+def test_a_bad_record_leaves_no_part_of_itself_and_the_others_go_in(corpus: Corpus) -> None:
+    bad = answered(completion(choice_idx=1, text="b", prompt_id="no uuid"))
+    assert corpus.try_ingest([answered(), bad])
+    assert corpus.refused == stored(corpus, "attempts") == stored(corpus, "completions") == 1
+
+
+def test_a_disk_that_is_full_refuses_no_record(corpus: Corpus) -> None:
+    code = "import sys, pathlib, resource; from blackbox_kd.corpus import Corpus; from tests.records import *; "
+    code += "c = Corpus(pathlib.Path(sys.argv[1])); from blackbox_kd.errors import CorpusError\n"
+    code += "many = [answered(completion(prompt_id=prompt(str(i)).prompt_id, text='long ' * 9999, choice_idx=i)) "
+    code += "for i in range(99)]\n"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (c.path.stat().st_size + 9999, resource.RLIM_INFINITY))\n"
+    code += "try: c.try_ingest(many)\nexcept CorpusError as error: print(c.refused, error)"
+    done = subprocess.run([sys.executable, "-c", code, corpus.path], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("0 "), done
+    assert not corpus.journal.exists() or not list(corpus.journal.iterdir())
 
 
 def test_a_dead_letter_is_given_up_for_good(corpus: Corpus) -> None:

@@ -119,6 +119,12 @@ def test_the_journals_segments_are_told_apart(healthy: Corpus, capsys: pytest.Ca
     assert "was written by another version of blackbox_kd" in capsys.readouterr().out
 
 
+def test_what_was_refused_is_reported(healthy: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
+    healthy.try_ingest([answered(run_id="no uuid")])
+    found = f"1 records that DuckDB refused are kept in {healthy.journal / 'refused.records'}"
+    assert examine(healthy, capsys, 2)["refused records"] == ("fix", found)
+
+
 @pytest.mark.parametrize("kind", ["missing", "other"])
 def test_a_file_that_is_no_corpus_is_one_line(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import duckdb

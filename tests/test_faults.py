@@ -7,8 +7,10 @@ import asyncio
 import json
 import re
 import resource
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -24,10 +26,10 @@ from blackbox_kd.corpus import Corpus
 from blackbox_kd.corpus.checks import findings
 from blackbox_kd.corpus.journal import leftovers
 from blackbox_kd.errors import CorpusBusy, TeacherUnreachable
-from blackbox_kd.teachers.engine import Engine
+from blackbox_kd.teachers.engine import CHUNK, Engine
 from tests.conftest import RUN_ID
 from tests.fakes import Answer, FakeAPI, chat_reply, cut_short, error_reply, reset, served
-from tests.records import held_open, let_go
+from tests.records import eventually, held_open, let_go
 from tests.test_engine import (
     ask,
     attempts,
@@ -279,7 +281,7 @@ def test_a_corpus_held_for_the_whole_run_loses_nothing_and_its_holder_is_named(c
     said, pid = while_held(corpus, 6)
     assert re.fullmatch(
         rf"{corpus.path} is held open by another program \(.* \(PID {pid}\)\); close it there; "
-        rf"6 records wait in {corpus.journal}/\S+\.journal, the next stage ingests them",
+        rf"6 records wait in {corpus.journal}, the next stage ingests them",
         said,
     )
     with served(FakeAPI()) as api:
@@ -296,11 +298,71 @@ def test_a_corpus_held_before_the_start_is_waited_for_and_its_holder_is_named(tm
         with start("sample", "--config", write_config(tmp_path, api.url)) as process:
             assert process.stderr
             said = process.stderr.readline()
-            assert re.fullmatch(rf"{path} is held open by .* \(PID {other.pid}\)\); waiting until it lets go\n", said)
+            assert re.fullmatch(
+                rf"{path} is held open by .* \(PID {other.pid}\)\); waiting until it lets go\. "
+                r"Ctrl-C is safe: what was received is kept\n",
+                said,
+            )
             let_go(other)
             _, rest = process.communicate(timeout=60)
         assert process.returncode == 0, rest
     assert answers(tmp_path) == train(4)
+
+
+@pytest.mark.slow  # a person is told after 5 seconds
+def test_questions_that_cannot_be_looked_up_wait_until_the_corpus_is_free(
+    corpus: Corpus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    total, seen = CHUNK + 20, list[str]()
+
+    def said() -> str:
+        seen.append(capsys.readouterr().err)
+        return "".join(seen)
+
+    def let_go_once_it_is_said(other: subprocess.Popen[str]) -> None:
+        eventually(lambda: "waiting until it lets go" in said())
+        let_go(other)
+
+    with ExitStack() as stack:
+        holders: list[subprocess.Popen[str]] = []
+
+        def hold_and_answer(body: dict[str, Any], _: web.Request) -> Answer:
+            if not holders:
+                holders.append(stack.enter_context(held_open(corpus.path)))
+                threading.Thread(target=let_go_once_it_is_said, args=holders).start()
+            return echo(body)
+
+        with served(FakeAPI(hold_and_answer)) as api:
+            found, _ = ask(config(api.url), Corpus(corpus.path, lock_wait_s=0.2), questions(total))
+    assert len(found) == len(api.bodies) == total
+    assert re.search(rf"\(PID {holders[0].pid}\)\); waiting until it lets go. Ctrl-C is safe", said())
+
+
+@pytest.mark.slow  # a person is told after 5 seconds
+def test_ctrl_c_while_questions_wait_for_the_corpus_ends_the_run_and_keeps_what_was_received(tmp_path: Path) -> None:
+    write_prompts(tmp_path / "prompts", train=CHUNK + 20)
+    path = corpus_of(tmp_path).path
+    with ExitStack() as stack:
+        holders: list[subprocess.Popen[str]] = []
+
+        def hold_and_answer(body: dict[str, Any], _: web.Request) -> Answer:
+            if not holders:
+                holders.append(stack.enter_context(held_open(path)))
+            return echo(body)
+
+        with served(FakeAPI(hold_and_answer)) as api:
+            file = write_config(tmp_path, api.url)
+            with start("sample", "--config", file) as process:
+                assert process.stderr
+                wait_for(lambda: len(api.bodies) == CHUNK, process)
+                for line in process.stderr:
+                    if "waiting until it lets go. Ctrl-C is safe" in line:
+                        break
+                process.send_signal(signal.SIGINT)
+                let_go(holders[0])
+                _, rest = process.communicate(timeout=60)
+            assert process.returncode == 130, rest
+            assert len(answers(tmp_path)) == len(api.bodies) == CHUNK
 
 
 # A journal that was damaged
@@ -341,19 +403,94 @@ def asked_again(corpus: Corpus, number: int) -> None:
 # Two runs at once
 
 
-def test_two_runs_that_ask_the_same_at_the_same_time_both_finish_and_no_row_is_double(tmp_path: Path) -> None:
-    total = 40
+@pytest.mark.slow  # more questions than are looked up at once
+def test_two_runs_that_ask_the_same_at_the_same_time_both_finish_and_pay_once(tmp_path: Path) -> None:
+    total = CHUNK + 40
     write_prompts(tmp_path / "prompts", train=total)
-    with served(FakeAPI(delay_s=0.05)) as api:
-        paths = [write_config(tmp_path, api.url, name, teacher={"concurrency": 4}) for name in ("one", "two")]
+    with served(FakeAPI(delay_s=0.01)) as api:
+        paths = [write_config(tmp_path, api.url, name) for name in ("one", "two")]
         both = [start("sample", "--config", path, "--json") for path in paths]
         ends = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], ends
+    assert sorted(api.asked) == sorted(f"train {i}" for i in range(total))
     assert answers(tmp_path) == train(total)
     corpus = corpus_of(tmp_path)
     assert {finding.level for finding in findings(corpus.path)} <= {"ok", "note"}
-    assert corpus.rows("SELECT count(*), count(*) FILTER (billed) FROM attempts") == [(len(api.bodies),) * 2]
+    assert corpus.rows("SELECT count(*), count(*) FILTER (billed) FROM attempts") == [(total, total)]
     assert corpus.rows("SELECT count(*) FROM requests") == [(total,)]
     assert list(corpus.journal.glob("*.journal")) == []
-    for out, _ in ends:
-        assert json.loads(out)["answers"] == total
+    results = [json.loads(out) for out, _ in ends]
+    assert [result["answers"] for result in results] == [total, total]
+    assert sum(result["cached"] for result in results) == total
+
+
+def gated(*numbers: int) -> tuple[FakeAPI, list[threading.Event]]:
+    """Each of these arrivals is answered once its gate is open."""
+    gates = {number: threading.Event() for number in numbers}
+
+    async def handler(body: dict[str, Any], _: web.Request) -> Answer:
+        if gate := gates.get(len(api.bodies)):
+            await asyncio.to_thread(gate.wait, 60)
+        return echo(body)
+
+    api = FakeAPI(handler)
+    return api, list(gates.values())
+
+
+def two_configs(tmp_path: Path, total: int, url: str) -> list[str]:
+    write_prompts(tmp_path / "prompts", train=total)
+    return [write_config(tmp_path, url, name, teacher={"concurrency": 1}) for name in ("one", "two")]
+
+
+def test_a_run_that_only_waits_for_another_ones_answers_says_so_and_asks_what_a_kill_leaves(tmp_path: Path) -> None:
+    total, stored_before = 12, 5
+    api, (gate,) = gated(stored_before + 1)
+    with served(api):
+        one, two = two_configs(tmp_path, total, api.url)
+        with start("sample", "--config", one) as first:
+            wait_for(lambda: len(api.bodies) > stored_before, first)
+            eventually(lambda: len(answers(tmp_path)) == stored_before)
+            with start("sample", "--config", two, "--json") as second:
+                wait_for_line(second, f"sample: {total - stored_before} questions are asked by another run")
+                assert len(api.bodies) == stored_before + 1
+                first.kill()
+                out, said = second.communicate(timeout=60)
+        gate.set()
+        assert second.returncode == 0, said
+    result = json.loads(out)
+    assert (result["answers"], result["cached"]) == (total, stored_before)
+    assert answers(tmp_path) == train(total)
+    assert len(api.bodies) == total + 1  # the one in flight at the kill is asked again
+    rows = corpus_of(tmp_path).rows("SELECT count(*) FILTER (billed), count(*) FILTER (billed IS NULL) FROM attempts")
+    assert rows == [(total, 1)]
+
+
+def test_what_a_killed_run_has_only_in_its_journal_is_not_asked_again_by_one_that_waits(tmp_path: Path) -> None:
+    total = 6
+    api, (begin, end) = gated(1, total)
+    with served(api):
+        one, two = two_configs(tmp_path, total, api.url)
+        with start("sample", "--config", one) as first:
+            wait_for(lambda: len(api.bodies) == 1, first)
+            with start("sample", "--config", two) as second:
+                wait_for_line(second, f"sample: {total} questions are asked by another run")
+                with held_open(tmp_path / "corpus.duckdb"):
+                    begin.set()
+                    wait_for(lambda: len(api.bodies) == total, first)
+                    first.kill()
+                    first.wait()
+                _, said = second.communicate(timeout=60)
+        end.set()
+        assert second.returncode == 0, said
+    assert answers(tmp_path) == train(total)
+    assert len(api.bodies) == total + 1
+
+
+def wait_for_line(process: subprocess.Popen[str], beginning: str) -> None:
+    assert process.stderr
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith(beginning):
+            return
+    raise AssertionError(said)

@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from blackbox_kd.corpus import Corpus
-from blackbox_kd.corpus.journal import Record, Segment, leftovers, read_segment
+from blackbox_kd.corpus.journal import REFUSED, Record, Segment, leftovers, read_segment
 from blackbox_kd.errors import CorpusError
-from tests.records import answered, attempt, completion, prompt, request, sent, token, usage
+from tests.records import answered, attempt, completion, eventually, prompt, request, sent, token, usage
 
 
 def write(folder: Path, *records: Record) -> Path:
@@ -114,10 +115,86 @@ def test_a_record_of_another_version_is_an_error_and_is_kept(tmp_path: Path) -> 
     assert path.exists()
 
 
-def test_leftovers_of_two_processes_are_found_oldest_first(tmp_path: Path) -> None:
+def test_leftovers_are_found_newest_first(tmp_path: Path) -> None:
     a, b, c = three()
     first, second = write(tmp_path / "j", a, b), write(tmp_path / "j", c)
-    assert list(leftovers(tmp_path / "j")) == [(first, [a, b]), (second, [c])]
+    assert list(leftovers(tmp_path / "j")) == [(second, [c]), (first, [a, b])]
+
+
+def test_a_call_that_was_in_flight_when_a_new_segment_began_is_not_lost(corpus: Corpus) -> None:
+    record = answered()
+    write(corpus.journal, sent(record.attempt))
+    write(corpus.journal, sent(record.attempt), record)
+    assert corpus.replay() == 1
+    assert corpus.rows("SELECT status, billed FROM attempts") == [(200, True)]
+
+
+REPLAY = """
+import pathlib, sys
+from blackbox_kd.corpus import Corpus
+from blackbox_kd.corpus.journal import leftovers
+corpus = Corpus(pathlib.Path(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.readline()
+for path, records in leftovers(corpus.journal):
+    print("replaying", flush=True)
+    sys.stdin.readline()
+    assert corpus.try_ingest(records)
+    path.unlink()
+"""
+
+
+def test_a_start_waits_while_another_one_replays_and_says_so(
+    corpus: Corpus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", REPLAY, corpus.path], stdin=pipe, stdout=pipe, text=True, bufsize=1
+    ) as other:
+        assert other.stdin
+        assert other.stdout
+        assert other.stdout.readline() == "ready\n"
+        write(corpus.journal, answered())
+        other.stdin.write("\n")
+        assert other.stdout.readline() == "replaying\n"
+        start = threading.Thread(target=lambda: seen.extend(Corpus(corpus.path).rows("SELECT text FROM completions")))
+        seen: list[tuple[str]] = []
+        start.start()
+        assert eventually(lambda: "waiting for it" in capsys.readouterr().err)
+        assert start.is_alive()
+        other.stdin.write("\n")
+        start.join(30)
+    assert seen == [("Servus",)]
+    assert list(corpus.journal.iterdir()) == []
+
+
+def test_what_duckdb_refuses_is_put_aside_and_everything_else_goes_in(
+    corpus: Corpus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = [answered(completion(request(sample_idx=i), text=f"answer {i}")) for i in range(9)]
+    bad = answered(completion(text="bad"), run_id="no uuid")
+    lost, lost_too = attempt(request(sample_idx=10)), attempt(request(sample_idx=11), run_id="no uuid")
+    records = [sent(bad.attempt), *good[:4], bad, sent(good[4].attempt), *good[4:], sent(lost), sent(lost_too)]
+    for _ in range(2):  # the second time as after a kill before the segment was deleted
+        path = write(corpus.journal, *records)
+        assert corpus.replay() == 10
+        assert not path.exists()
+    assert corpus.rows("SELECT text FROM completions ORDER BY text") == [(f"answer {i}",) for i in range(9)]
+    assert corpus.rows("SELECT count(*), count(*) FILTER (billed IS NULL) FROM attempts") == [(10, 1)]
+    assert read_segment(corpus.journal / REFUSED) == [bad, sent(lost_too)]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "DuckDB refuses 2 of 14 records (Conversion Error: Could not convert string 'no uuid'" in said
+    assert f"they are kept in {corpus.journal / REFUSED}, the others are stored" in said
+
+
+def test_what_was_refused_is_ingested_like_any_segment_once_it_is_renamed(corpus: Corpus) -> None:
+    write(corpus.journal, answered(completion(text="bad"), run_id="no uuid"))
+    corpus.replay()
+    (corpus.journal / REFUSED).rename(corpus.journal / "0.journal")
+    corpus.rows("ALTER TABLE attempts ALTER run_id TYPE VARCHAR")
+    corpus.rows("ALTER TABLE completions ALTER run_id TYPE VARCHAR")
+    assert corpus.replay() == 1
+    assert corpus.rows("SELECT text FROM completions") == [("bad",)]
 
 
 def test_a_journal_that_is_not_there_has_no_leftovers(tmp_path: Path) -> None:

@@ -8,32 +8,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from blackbox_kd.corpus import Corpus, query
-from blackbox_kd.corpus.journal import Answered, leftovers
-from blackbox_kd.corpus.writer import Writer
+from blackbox_kd.corpus.journal import REFUSED, Answered, leftovers, read_segment
+from blackbox_kd.corpus.writer import REFUSED_TO_STOP, Writer
 from blackbox_kd.errors import CorpusBusy, CorpusError
-from tests.records import answered, completion, held_open, let_go, request, sent
+from tests.records import answered, attempt, completion, eventually, held_open, let_go, prompt, request, sent
 
 COUNT = "SELECT count(*) FROM completions"
 
 
 def answer(number: int) -> Answered:
     return answered(completion(request(sample_idx=number), text=f"answer {number}"))
-
-
-def eventually(true: Callable[[], bool], within_s: float = 20.0) -> bool:
-    """Whether it becomes true in time."""
-    end = time.monotonic() + within_s
-    while not true():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def test_all_that_was_submitted_is_stored_when_the_block_ends_and_the_journal_is_empty(corpus: Corpus) -> None:
@@ -111,21 +100,78 @@ def test_more_records_than_a_batch_do_not_spin_or_hang_on_a_held_file(corpus: Co
     assert Corpus(corpus.path).rows(COUNT) == [(300 + 10,)]
 
 
-def test_what_cannot_be_stored_stops_the_collection_and_keeps_the_journal(corpus: Corpus) -> None:
-    bad = answered(completion(text="bad"), run_id="no uuid")
-    with pytest.raises(CorpusError, match="no uuid"), Writer(corpus) as writer:  # noqa: PT012
-        writer.submit(bad)
+def bad(text: str) -> Answered:
+    return answered(completion(request(prompt(text)), text=text), run_id="no uuid")
+
+
+def test_what_duckdb_refuses_is_put_aside_and_the_collection_goes_on(corpus: Corpus) -> None:
+    with Writer(corpus) as writer:
+        writer.submit(answer(0))
+        writer.submit(bad("bad"))
+        writer.submit(answer(1))
+        assert eventually(lambda: writer.unstored() == set())
+        writer.submit(answer(2))
+    assert corpus.rows("SELECT text FROM completions ORDER BY text") == [(f"answer {i}",) for i in range(3)]
+    assert [path.name for path in corpus.journal.iterdir()] == [REFUSED]
+    [refused] = read_segment(corpus.journal / REFUSED)
+    assert isinstance(refused, Answered)
+    assert refused.completions[0].text == "bad"
+
+
+def test_a_collection_whose_answers_are_refused_stops(corpus: Corpus) -> None:
+    with pytest.raises(CorpusError, match="has refused 8 records"), Writer(corpus) as writer:  # noqa: PT012
+        for i in range(REFUSED_TO_STOP):
+            writer.submit(bad(f"bad {i}"))
         assert eventually(lambda: not any(t.name == "corpus-writer" for t in threading.enumerate()))
-        with pytest.raises(CorpusError, match="no uuid"):
+        writer.submit(answer(1))
+
+
+def test_what_cannot_be_stored_stops_the_collection_and_keeps_the_journal(corpus: Corpus) -> None:
+    corpus.path.write_bytes(b"no database")
+    with pytest.raises(CorpusError, match="cannot open"), Writer(corpus) as writer:  # noqa: PT012
+        writer.submit(answer(0))
+        assert eventually(lambda: not any(t.name == "corpus-writer" for t in threading.enumerate()))
+        with pytest.raises(CorpusError, match="cannot open"):
             writer.submit(answer(1))
     [(_, records)] = leftovers(corpus.journal)
-    assert [r.completions[0].text for r in records] == ["bad", "answer 1"]
+    assert [r.completions[0].text for r in records if isinstance(r, Answered)] == ["answer 0", "answer 1"]
 
 
 def test_an_error_that_shows_only_at_the_end_is_raised_at_the_end(corpus: Corpus) -> None:
-    with pytest.raises(CorpusError, match="no uuid"), Writer(corpus) as writer:
-        writer.submit(answered(completion(text="bad"), run_id="no uuid"))
+    corpus.path.write_bytes(b"no database")
+    with pytest.raises(CorpusError, match="cannot open"), Writer(corpus) as writer:
+        writer.submit(answer(0))
     assert len(list(leftovers(corpus.journal))) == 1
+
+
+def segments(corpus: Corpus) -> list[Path]:
+    return sorted(corpus.journal.glob("*.journal"))
+
+
+def test_new_segments_begin_while_records_wait_and_each_goes_once_its_records_are_stored(corpus: Corpus) -> None:
+    flying = sent(attempt(request(sample_idx=-1)))
+    with held_open(corpus.path) as other, Writer(corpus, segment_bytes=300) as writer:
+        writer.submit(flying)
+        for i in range(3):
+            writer.submit(answer(i))
+            assert eventually(lambda many=i + 2: len(segments(corpus)) == many)
+        assert [len(read_segment(path)) for path in segments(corpus)] == [2, 2, 2, 1]
+        let_go(other)
+        assert eventually(lambda: len(segments(corpus)) == 1)
+        assert read_segment(segments(corpus)[0]) == [flying]
+    assert corpus.rows(COUNT) == [(3,)]
+    assert segments(corpus) == []
+
+
+def test_all_segments_wait_for_the_next_start_where_the_file_is_held_to_the_end(corpus: Corpus) -> None:
+    patient = Corpus(corpus.path, lock_wait_s=0.1)
+    with held_open(corpus.path):
+        with pytest.raises(CorpusBusy, match="2 records wait"), Writer(patient, segment_bytes=300) as writer:  # noqa: PT012
+            for i in range(2):
+                writer.submit(answer(i))
+                assert eventually(lambda many=i + 2: len(segments(corpus)) == many)
+        assert len(list(leftovers(corpus.journal))) == 3
+    assert Corpus(corpus.path).rows(COUNT) == [(2,)]
 
 
 def test_an_error_in_the_block_is_the_one_that_is_seen_and_what_came_before_it_is_kept(corpus: Corpus) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import duckdb
 
 from blackbox_kd.corpus.connection import READ_WAIT_S, connect
-from blackbox_kd.corpus.journal import damaged, read_segment
+from blackbox_kd.corpus.journal import REFUSED, alone, damaged, read_segment
 from blackbox_kd.corpus.store import SCHEMA_VERSION
 from blackbox_kd.errors import CorpusError
 from blackbox_kd.hashing import content_id
@@ -144,9 +144,19 @@ def findings(path: Path) -> list[Finding]:
 
 
 def journal(path: Path) -> Iterator[Finding]:
-    """Each segment beside the corpus: written right now, waiting to be ingested, torn, or not ours."""
-    for segment in sorted(path.with_name(path.name + ".journal").glob("*.journal")):
-        yield _segment(segment)
+    """Each segment beside the corpus (being written, waiting, torn, or not ours), and what was refused."""
+    folder = path.with_name(path.name + ".journal")
+    if not folder.exists():
+        return
+    with alone(folder):  # a start must not find a segment locked by us
+        yield from [_segment(segment) for segment in sorted(folder.glob("*.journal"))]
+    if (refused := folder / REFUSED).exists():
+        found = f"{len(read_segment(refused))} records that DuckDB refused are kept in {refused}"
+        advice = (
+            "please report it; their questions are asked again; a version that can store them ingests the file once "
+            "it is renamed to 0.journal, and if you do not want them, delete it"
+        )
+        yield Finding("refused records", "fix", found, advice)
 
 
 def _segment(path: Path) -> Finding:

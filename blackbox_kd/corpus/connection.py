@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,15 @@ import tenacity
 from blackbox_kd.errors import CorpusBusy, CorpusError
 from blackbox_kd.progress import say
 
+still_wanted: ContextVar[Callable[[], bool] | None] = ContextVar("still_wanted", default=None)
+"""Where it is set, somebody else at the corpus is waited for as long as it says yes, in threads that were started from
+there, too: what a stream of questions does with the corpus then outlasts any person's query."""
 READ_WAIT_S = 10.0
 """How long a reader waits for a writer; a run holds the file for a fraction of a second at a time."""
 SAY_HELD_S = 5.0
-"""After so long, a person is told who holds it."""
+"""After so long, a person is told who holds it ..."""
+SAY_AGAIN_S = 60.0
+"""... and again."""
 
 NEW_FILE_BYTES = 12288
 """A DuckDB file has three headers of 4 kB; a smaller one is being made, or is none."""
@@ -66,6 +73,7 @@ def compact(path: Path, *, wait_s: float = READ_WAIT_S) -> tuple[int, int]:
         CorpusBusy: another program holds it, or has written to it meanwhile.
         CorpusError: the copy could not be made, or does not hold the same rows.
     """
+    path = path.resolve()  # a link stays one
     fresh = path.with_name(path.name + ".compact")
     try:
         _discard(fresh)  # of a compaction that was killed
@@ -131,10 +139,11 @@ def _discard(database: Path) -> None:
 def _open(path: Path, *, read_only: bool, wait_s: float) -> duckdb.DuckDBPyConnection:
     if read_only and not path.exists():
         raise CorpusError(f"no corpus {str(path)!r}: run a stage first, or name one with --corpus")
+    wanted = still_wanted.get()
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(lambda error: _is_locked(error) or _is_being_made(path, error)),
-        wait=tenacity.wait_random(0.02, 0.1),
-        stop=tenacity.stop_after_delay(wait_s),
+        wait=_pause_s,
+        stop=(lambda _: not wanted()) if wanted else tenacity.stop_after_delay(wait_s),
         before_sleep=_say_waiting(path),
         reraise=True,
     )
@@ -143,7 +152,7 @@ def _open(path: Path, *, read_only: bool, wait_s: float) -> duckdb.DuckDBPyConne
     except duckdb.Error as error:
         if not _is_locked(error):
             raise CorpusError(f"cannot open {path}: {_one_line(error)}") from error
-        waited = f" for over {wait_s:.0f} s" if wait_s >= 1 else ""
+        waited = f" for over {wait_s:.0f} s" if wait_s >= 1 and not wanted else ""
         raise CorpusBusy(f"{_held(path, error)}{waited}; close it there") from error
 
 
@@ -152,15 +161,19 @@ def _held(path: Path, error: BaseException) -> str:
     return f"{path} is held open by another program ({holder})"
 
 
+def _pause_s(state: tenacity.RetryCallState) -> float:
+    return random.uniform(0.02, 0.1) if (state.seconds_since_start or 0) < SAY_HELD_S else 0.5
+
+
 def _say_waiting(path: Path) -> Callable[[tenacity.RetryCallState], None]:
-    said = False
+    say_at = SAY_HELD_S
 
     def look(state: tenacity.RetryCallState) -> None:
-        nonlocal said
-        error = state.outcome.exception() if state.outcome else None
-        if error and not said and (state.seconds_since_start or 0) > SAY_HELD_S:
-            said = True
-            say(f"{_held(path, error)}; waiting until it lets go")
+        nonlocal say_at
+        error, waited_s = state.outcome.exception() if state.outcome else None, state.seconds_since_start or 0
+        if error and waited_s > say_at:
+            say_at = waited_s + SAY_AGAIN_S
+            say(f"{_held(path, error)}; waiting until it lets go. Ctrl-C is safe: what was received is kept")
 
     return look
 

@@ -20,6 +20,8 @@ Row = dict[str, Any]
 
 ONLY_WITH = {"logprobs": "AND EXISTS (FROM completions AS c WHERE c.completion_id = batch.completion_id::UUID)"}
 """A second answer to a question is left out (two runs asked at once), and so are its logprobs."""
+REFUSALS = (duckdb.DataError, duckdb.IntegrityError, duckdb.InvalidInputException, ValueError, OverflowError)
+"""What is wrong with a record, by DuckDB, Arrow or Python, and not with the disk or the file."""
 UUID_KEY = "::UUID"
 KEYS = {
     "prompts": {"prompt_id": UUID_KEY},
@@ -63,16 +65,35 @@ def insert_table(con: duckdb.DuckDBPyConnection, table: str, batch: pa.Table, *,
 
 def ingest(
     con: duckdb.DuckDBPyConnection, records: Sequence[Record], vocabs: Vocabs, *, orphaned: bool = False
-) -> None:
-    """One transaction. `orphaned`: their process is gone, so what was sent and never answered is known to be lost."""
+) -> list[tuple[Record, str]]:
+    """Store all records in one transaction, but for those that DuckDB refuses: these are returned, with why.
+
+    `orphaned`: their process is gone, so what was sent and never answered is known to be lost.
+    """
     answered = [r for r in records if isinstance(r, Answered)]
-    attempts = [_attempt_row(r) for r in answered]
-    if orphaned:
-        settled = {r.attempt.attempt_id for r in answered}
-        attempts += [_lost_row(r) for r in records if isinstance(r, Sent) and r.attempt_id not in settled]
+    settled = {r.attempt.attempt_id for r in answered}
+    lost = [r for r in records if isinstance(r, Sent) and r.attempt_id not in settled] if orphaned else []
+    return _store(con, [*answered, *lost], vocabs)
+
+
+def _store(con: duckdb.DuckDBPyConnection, records: list[Record], vocabs: Vocabs) -> list[tuple[Record, str]]:
+    """All of them; else each half, down to the records that are refused."""
+    try:
+        _transact(con, records, vocabs)
+    except REFUSALS as error:
+        if len(records) == 1:
+            return [(records[0], " ".join(str(error).split()))]
+        half = len(records) // 2
+        return _store(con, records[:half], vocabs) + _store(con, records[half:], vocabs)
+    return []
+
+
+def _transact(con: duckdb.DuckDBPyConnection, records: list[Record], vocabs: Vocabs) -> None:
+    answered = [r for r in records if isinstance(r, Answered)]
+    lost = [_lost_row(r) for r in records if isinstance(r, Sent)]
     con.execute("BEGIN")
     try:
-        insert(con, "attempts", attempts)
+        insert(con, "attempts", [_attempt_row(r) for r in answered] + lost)
         insert(con, "completions", [completion_row(c, r.attempt.run_id, r.attempt.attempted_at)
                                     for r in answered for c in r.completions])  # fmt: skip
         scored = [(c, r.scorer) for r in answered for c in r.completions if c.logprobs]

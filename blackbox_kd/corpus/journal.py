@@ -1,6 +1,6 @@
 """Received answers, on disk before anything else happens to them.
 
-A journal is a folder of segments, one for each process that writes. A record is a length, a CRC and msgpack;
+A journal is a folder of segments, each written by one process. A record is a length, a CRC and msgpack;
 a segment that ends in a torn record (kill, full disk) is read up to the tear. A segment that a living process
 holds is left alone.
 """
@@ -12,15 +12,22 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
 
-from blackbox_kd.errors import CorpusError
+from blackbox_kd.corpus.connection import still_wanted
+from blackbox_kd.errors import CorpusBusy, CorpusError
+from blackbox_kd.progress import say
 from blackbox_kd.types import Attempt, Completion
 
 _FRAME = struct.Struct("<II")
+REFUSED = "refused.records"
+"""In the journal's folder and of its form: what DuckDB would not take."""
+SAY_ALONE_S = 2.0
+"""A wait that a person should know of."""
 
 
 class Sent(msgspec.Struct, frozen=True, kw_only=True, tag="sent"):
@@ -78,16 +85,7 @@ class Segment:
         Raises:
             CorpusError: the disk is full or the file cannot be written.
         """
-        payload = _encoder.encode(record)
-        frame = _FRAME.pack(len(payload), zlib.crc32(payload)) + payload
-        try:
-            written = os.write(self._fd, frame)
-        except OSError as error:
-            raise CorpusError(f"cannot write the journal {self.path}: {error.strerror}") from error
-        if written != len(frame):  # cut the torn record off: what is appended later must stay readable
-            os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
-            raise CorpusError(f"cannot write the journal {self.path}: the disk is full")
-        self.size += written
+        self.size += _append(self._fd, self.path, record)
 
     def close(self, *, ingested: bool) -> None:
         """Let go of the segment; an ingested one is deleted, another waits for the next start."""
@@ -127,18 +125,79 @@ def _payloads(data: bytes) -> Iterator[bytes | None]:
 
 
 def leftovers(folder: Path) -> Iterator[tuple[Path, list[Record]]]:
-    """Segments whose process is gone, locked while they are looked at: (path, records)."""
-    for path in sorted(folder.glob("*.journal")):
-        try:
-            fd = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:  # another process has ingested it
-            continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            continue
-        else:
-            if path.exists():  # ... or has done so between listing and lock
-                yield path, read_segment(path)
-        finally:
-            os.close(fd)
+    """Segments whose process is gone, locked while they are looked at, newest first: (path, records).
+
+    A call that was in flight when its process began a new segment is in both: the newer one knows what became of it.
+    """
+    if not any(folder.glob("*.journal")):
+        return
+    with alone(folder):
+        for path in sorted(folder.glob("*.journal"), reverse=True):
+            with suppress(FileNotFoundError), path.open("rb") as file:  # a writer that ends deletes its own
+                if _locked(file.fileno()) and path.exists():
+                    yield path, read_segment(path)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Nobody else looks for leftovers meanwhile: what was left is then in DuckDB, and not in somebody's hands.
+
+    Raises:
+        CorpusBusy: the wait for somebody else has lost its purpose, see `still_wanted`.
+    """
+    fd, began, said = os.open(folder, os.O_RDONLY), time.monotonic(), False
+    try:
+        while not _locked(fd):
+            if (wanted := still_wanted.get()) and not wanted():
+                raise CorpusBusy(f"{folder} is in use by another process")
+            if not said and time.monotonic() - began > SAY_ALONE_S:
+                said = True
+                say(f"another process ingests what an earlier run left in {folder}; waiting for it")
+            time.sleep(0.05)
+        yield
+    finally:
+        os.close(fd)
+
+
+def put_aside(folder: Path, records: Sequence[Record]) -> Path:
+    """Keep records that DuckDB refuses, each once, in a file of their own; returns it.
+
+    Raises:
+        CorpusError: the disk is full or the file cannot be written.
+    """
+    path = folder / REFUSED
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab", buffering=0)
+    except OSError as error:
+        raise CorpusError(f"cannot make {path}: {error.strerror}") from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        known = read_segment(path)
+        for record in records:
+            if record not in known:
+                _append(file.fileno(), path, record)
+    return path
+
+
+def _append(fd: int, path: Path, record: Record) -> int:
+    """In one write; returns the bytes."""
+    payload = _encoder.encode(record)
+    frame = _FRAME.pack(len(payload), zlib.crc32(payload)) + payload
+    try:
+        written = os.write(fd, frame)
+    except OSError as error:
+        raise CorpusError(f"cannot write the journal {path}: {error.strerror}") from error
+    if written != len(frame):  # cut the torn record off: what is appended later must stay readable
+        os.ftruncate(fd, os.fstat(fd).st_size - written)
+        raise CorpusError(f"cannot write the journal {path}: the disk is full")
+    return written
+
+
+def _locked(fd: int) -> bool:
+    """Whether nobody else has it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -14,9 +14,10 @@ import duckdb
 import msgspec
 
 from blackbox_kd.corpus import scored
+from blackbox_kd.corpus.answers import Known, answers, settled
 from blackbox_kd.corpus.connection import connect
 from blackbox_kd.corpus.ingest import Row, completion_row, ingest, insert, insert_logprobs, timestamp
-from blackbox_kd.corpus.journal import Record, damaged, leftovers
+from blackbox_kd.corpus.journal import Record, damaged, leftovers, put_aside
 from blackbox_kd.corpus.logprobs import Vocabs
 from blackbox_kd.errors import CorpusBusy, CorpusError
 from blackbox_kd.hashing import canonical_json, content_id
@@ -27,8 +28,6 @@ from blackbox_kd.types import (
     Prompt,
     Request,
     TeacherTokens,
-    TokenLogprob,
-    TopLogprob,
     Usage,
     VocabToken,
 )
@@ -51,6 +50,8 @@ class Corpus:
         self.lock_wait_s = lock_wait_s
         self.busy: CorpusBusy | None = None
         """Why the last `try_ingest` could not."""
+        self.refused = 0
+        """Records that DuckDB would not take; they are put aside."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -80,7 +81,7 @@ class Corpus:
                     f"{len(records)} are whole and kept, what is missing is asked again"
                 )
             with self.connect() as con:
-                ingest(con, records, Vocabs(), orphaned=True)
+                self._ingest(con, records, Vocabs(), orphaned=True)
             path.unlink()
             found += sum(len(getattr(r, "completions", [])) for r in records)
         return found
@@ -95,11 +96,24 @@ class Corpus:
         """
         try:
             with self.connect(wait_s=wait_s) as con:
-                ingest(con, records, vocabs or Vocabs())
+                self._ingest(con, records, vocabs or Vocabs())
         except CorpusBusy as error:
             self.busy = error
             return False
         return True
+
+    def _ingest(
+        self, con: duckdb.DuckDBPyConnection, records: Sequence[Record], vocabs: Vocabs, *, orphaned: bool = False
+    ) -> None:
+        refused = ingest(con, records, vocabs, orphaned=orphaned)
+        if not refused:
+            return
+        path = put_aside(self.journal, [record for record, _ in refused])
+        self.refused += len(refused)
+        say(
+            f"DuckDB refuses {len(refused)} of {len(records)} records ({refused[0][1]}); they are kept in {path}, "
+            "the others are stored; see `blackbox-kd doctor`"
+        )
 
     def add_run(self, run_id: str, run_dir: Path, config: Mapping[str, Any], model: str, context_hash: str) -> None:
         """This run, or its new start."""
@@ -126,19 +140,21 @@ class Corpus:
         with self.connect() as con:
             insert(con, "requests", [_request_row(r) for r in requests])
 
+    def look_up(self, requests: Sequence[Request], *, with_answers: bool) -> Known:
+        """Note these questions, and say what is known of them; what killed runs have received counts."""
+        if not requests:
+            return Known(set(), set(), {})
+        self.replay()
+        with self.connect() as con:
+            insert(con, "requests", [_request_row(r) for r in requests])
+            answered, dead = settled(con, [r.request_key for r in requests])
+            found = answers(con, sorted(answered)) if with_answers and answered else {}
+        return Known(answered, dead - answered, found)
+
     def answers(self, keys: Sequence[str]) -> dict[str, list[Completion]]:
         """What is known already: request_key -> its choices in order, with logprobs."""
-        select = f"""SELECT {", ".join(_COMPLETION_COLUMNS)} FROM completions
-                     SEMI JOIN (SELECT unnest(?::UUID[]) AS request_key) USING (request_key)
-                     ORDER BY request_key, choice_idx"""
-        found: dict[str, list[Completion]] = {}
         with self.connect() as con:
-            rows = con.execute(select, [list(keys)]).fetchall()
-            logprobs = _logprobs(con, [row[0] for row in rows])
-        for row in rows:
-            completion = _completion(row, logprobs.get(str(row[0])))
-            found.setdefault(completion.request_key, []).append(completion)
-        return found
+            return answers(con, keys)
 
     def scored_tokens(self, completion_ids: Sequence[str], scorer: str) -> dict[str, TeacherTokens]:
         """completion_id -> its tokens as `scorer` saw them, as arrays; what it did not score is left out."""
@@ -153,12 +169,7 @@ class Corpus:
     def settled(self, keys: Sequence[str]) -> tuple[set[str], set[str]]:
         """Of these requests: those that are answered, and those that were given up."""
         with self.connect() as con:
-            con.execute("CREATE OR REPLACE TEMP TABLE asked AS SELECT unnest(?::UUID[]) AS request_key", [list(keys)])
-            answered, dead = (
-                con.execute(f"SELECT request_key::VARCHAR FROM asked SEMI JOIN {table} USING (request_key)").fetchall()
-                for table in ("completions", "dead_letters")
-            )
-        return {key for (key,) in answered}, {key for (key,) in dead}
+            return settled(con, keys)
 
     def requests(self, keys: Sequence[str]) -> dict[str, Request]:
         """Questions to a chat endpoint, as they were asked: request_key -> request."""
@@ -300,57 +311,3 @@ def _request_row(request: Request) -> Row:
         "sample_idx": request.sample_idx,
         "created_at": timestamp(time.time()),
     }
-
-
-_COMPLETION_COLUMNS = (
-    "completion_id::VARCHAR", "request_key::VARCHAR", "choice_idx", "prompt_id::VARCHAR", "author", "model", "policy",
-    "round", "text", "reasoning", "finish_reason", "served_model", "system_fingerprint",
-    "prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens",
-)  # fmt: skip
-
-
-def _completion(row: tuple[Any, ...], logprobs: list[TokenLogprob] | None) -> Completion:
-    completion = Completion(
-        request_key=row[1], choice_idx=row[2], prompt_id=row[3], author=row[4], model=row[5], policy=row[6],
-        round=row[7], text=row[8], reasoning=row[9], finish_reason=row[10], served_model=row[11],
-        system_fingerprint=row[12], logprobs=logprobs,
-        usage=Usage(prompt_tokens=row[13], completion_tokens=row[14], cached_tokens=row[15], reasoning_tokens=row[16]),
-    )  # fmt: skip
-    if completion.completion_id != row[0]:
-        raise CorpusError(f"completion {row[0]} does not hash to its id: the row was changed")
-    return completion
-
-
-def _logprobs(con: duckdb.DuckDBPyConnection, completion_ids: list[Any]) -> dict[str, list[TokenLogprob]]:
-    """Each completion's tokens as scored by its own author when it wrote them."""
-    rows = con.execute(
-        """SELECT l.completion_id::VARCHAR, token_ids, token_logprobs, top_ids, top_logprobs, k, c.model
-           FROM logprobs l JOIN completions c USING (completion_id) JOIN requests r USING (request_key)
-           WHERE l.completion_id IN (SELECT unnest(?::UUID[]))
-             AND l.scorer = c.model || '@' || coalesce(c.policy, r.context_hash::VARCHAR, 'bare')""",
-        [completion_ids],
-    ).fetchall()
-    vocab = {
-        (model, token_id): (text, list(raw) if raw is not None else None)
-        for model, token_id, text, raw in con.execute("SELECT model, token_id, text, bytes FROM vocab").fetchall()
-    }
-    found = {}
-    for completion_id, ids, values, top_ids, top_values, k, model in rows:
-        found[completion_id] = [
-            TokenLogprob(
-                **_token(model, token_id, value, vocab),
-                top_logprobs=[
-                    TopLogprob(**_token(model, i, v, vocab))
-                    for i, v in zip(top_ids[t * k : t * k + k], top_values[t * k : t * k + k], strict=True)
-                    if i is not None
-                ],
-            )
-            for t, (token_id, value) in enumerate(zip(ids, values, strict=True))
-        ]
-    return found
-
-
-def _token(model: str, token_id: int, logprob: float | None, vocab: dict[tuple[str, int], Any]) -> dict[str, Any]:
-    text, raw = vocab.get((model, token_id), ("", None))
-    value = logprob if logprob is not None else -9999.0
-    return {"token": text, "bytes": raw, "id": token_id if token_id >= 0 else None, "logprob": value}

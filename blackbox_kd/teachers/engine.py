@@ -1,6 +1,7 @@
 """The one way to ask an endpoint anything: what is known is not asked again, what comes back is kept first.
 
-requests -> known already? -> short queue -> workers -> caller (budget, limiter, retries) -> journal -> DuckDB
+requests -> known already, or just being asked? -> short queue -> workers -> caller (budget, limiter, retries)
+-> journal -> DuckDB
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from itertools import islice
 from pathlib import Path
 
 from blackbox_kd.corpus import Corpus
+from blackbox_kd.corpus.claims import Claims
+from blackbox_kd.corpus.connection import still_wanted
 from blackbox_kd.corpus.writer import Writer
 from blackbox_kd.errors import TeacherRefused
 from blackbox_kd.progress import counting, say
@@ -27,6 +30,8 @@ from blackbox_kd.types import Author, Completion, Request, Usage
 
 CHUNK = 2048
 """Questions that are looked up in the corpus at once; no more of them are held in memory."""
+DYING_S = 0.1
+"""A process that is killed lets go of its claims, and a moment later of its journal."""
 MISSING_TO_STOP = 3
 """Answers in a row without the logprobs that `teacher.require_logprobs` insists on."""
 
@@ -135,10 +140,14 @@ class Engine:
         self, work: Work, requests: Iterable[Request], round_: int, known: bool
     ) -> AsyncGenerator[list[Completion], None]:
         self._in_batches = {key for batch in Ledger(self._corpus.path).batches() for key in batch.keys}
-        with Writer(self._corpus) as writer, counting(work.description, work.total) as progress:
+        with (
+            Claims(self._corpus.path, work.open) as claims,
+            Writer(self._corpus, claims) as writer,
+            counting(work.description, work.total) as progress,
+        ):
             self._open.append(work)
             work.start(
-                self._produce(work, requests, writer, known),
+                self._produce(work, requests, writer, claims, known),
                 lambda request: self._ask(request, work, writer, round_),
             )
             beating = Pulse(work, self.caller, self.budget, progress, self._run_id, self._run_dir, self._corpus.journal)
@@ -150,35 +159,47 @@ class Engine:
                     await work.drain()
                     self._open.remove(work)
 
-    async def _produce(self, work: Work, requests: Iterable[Request], writer: Writer, known: bool) -> None:
-        """Look requests up in the corpus, chunk by chunk, and queue those that nobody has answered."""
-        stream = iter(requests)
+    async def _produce(
+        self, work: Work, requests: Iterable[Request], writer: Writer, claims: Claims, known: bool
+    ) -> None:
+        """Look requests up in the corpus, chunk by chunk, and queue those that nobody has answered or asks just now."""
+        still_wanted.set(lambda: not work.stopped)
+        stream, aside = iter(requests), list[Request]()
         while chunk := await asyncio.to_thread(lambda: list(islice(stream, CHUNK))):
-            todo = await self._look_up(chunk, work, writer, known)
-            if todo:
-                await self._connect()
-            for request in todo:
-                await work.put(request)
+            aside = await self._queue([*aside, *chunk], work, claims, known)
+        while aside:
+            await work.wait_for_others()
+            writer.check()
+            aside = await self._queue(aside, work, claims, known)
 
-    async def _look_up(self, chunk: list[Request], work: Work, writer: Writer, known: bool) -> list[Request]:
-        """What of a chunk is to be asked."""
+    async def _queue(self, chunk: list[Request], work: Work, claims: Claims, known: bool) -> list[Request]:
+        """Queue what of a chunk is to be asked; returns those that another run asks just now."""
         unique = {request.request_key: request for request in chunk}
         in_batches = self._in_batches & unique.keys()
         if in_batches:
             say(f"{len(in_batches)} questions are in a batch and not asked here: --sample.batch true waits for them")
-        settling = (
-            work.open | in_batches | writer.unstored()
-        )  # taken first: what leaves it from now on is seen in the corpus
-        await asyncio.to_thread(self._corpus.add_requests, list(unique.values()))
-        answered, dead = await asyncio.to_thread(self._corpus.settled, list(unique))
-        if known and answered:
-            for completions in (await asyncio.to_thread(self._corpus.answers, sorted(answered))).values():
-                work.yield_known(completions)
-        dead = set() if self._config.retry_dead_letters else dead - answered
-        todo = [r for key, r in unique.items() if key not in answered and key not in dead and key not in settling]
-        self.cached += len(answered)
-        work.looked_up(len(chunk), len(answered), len(dead), len(todo))
-        return todo
+        ours = claims.mine & unique.keys()  # they stand twice among the requests
+        # Claimed first: what another run is through with is seen in the corpus.
+        taken = await asyncio.to_thread(claims.take, unique.keys() - ours - in_batches)
+        aside = unique.keys() - ours - in_batches - taken
+        if work.aside:
+            await asyncio.sleep(DYING_S)
+        looked_up = [request for key, request in unique.items() if key not in aside]
+        found = await asyncio.to_thread(self._corpus.look_up, looked_up, with_answers=known)
+        for completions in found.answers.values():
+            work.yield_known(completions)
+        dead = set() if self._config.retry_dead_letters else found.dead
+        settled = found.answered | dead
+        claims.free(taken & settled)
+        new = taken - settled
+        todo = [request for key, request in unique.items() if key in new]
+        self.cached += len(found.answered)
+        work.looked_up(len(chunk), len(found.answered), len(dead), len(todo), len(aside))
+        if todo:
+            await self._connect()
+        for request in todo:
+            await work.put(request)
+        return [request for key, request in unique.items() if key in aside]
 
     async def count_history(self) -> None:
         """What earlier starts of this run were billed, and what it has in batches, counts against its caps."""
@@ -187,7 +208,7 @@ class Engine:
         self.budget.count_history(await asyncio.to_thread(self._corpus.billed, self._run_id))
         for batch in Ledger(self._corpus.path).batches():
             if batch.run_id == self._run_id:
-                for request in self._corpus.requests(batch.keys).values():
+                for request in (await asyncio.to_thread(self._corpus.requests, batch.keys)).values():
                     self.budget.commit(request.body)
 
     async def _connect(self) -> None:

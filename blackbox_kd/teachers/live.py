@@ -54,6 +54,8 @@ class Pulse:
             parts.append(f"{limiter.limited_share:.0%} 429")
         if self._work.failed:
             parts.append(f"{self._work.failed} failed")
+        if self._work.aside:
+            parts.append(f"{self._work.aside} asked by another run")
         if line := self._budget.line():
             parts.append(line)
         if (left_s := self._left_s()) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from typing import Any
@@ -18,6 +19,9 @@ from blackbox_kd.errors import (
 from blackbox_kd.progress import say
 from blackbox_kd.types import Completion, Request
 
+OTHERS_S = 0.5
+"""Between two looks whether another run is through with a question."""
+SAY_OTHERS_S = 60.0
 REJECTIONS_SHOWN = 3
 FAILURES_TO_STOP = 8
 """Requests that fail one after the other, all retries spent, before the endpoint counts as gone."""
@@ -44,11 +48,14 @@ class Work:
         self._tasks: list[asyncio.Task[None]] = []
         self._ended = asyncio.Event()
         self.open: set[str] = set()
-        """Keys in the queue and in flight."""
+        """request_keys that are looked up, in the queue and in flight."""
+        self.aside = 0
+        """Questions that another run on the corpus asks."""
         self.error: BaseException | None = None
         self.asked = self.answered = self.failed = self.rejected = self.skipped = 0
         self._chunks = 0
         self._in_a_row = 0
+        self._say_others_at = 0.0
         self.last_failure = ""
 
     def start(self, produce: Coroutine[Any, Any, None], ask: Callable[[Request], Any]) -> None:
@@ -66,21 +73,33 @@ class Work:
 
     async def put(self, request: Request) -> None:
         """One more to ask, as soon as the queue has room."""
-        self.open.add(request.request_key)
         self.asked += 1
         await self._todo.put(request)
 
-    def looked_up(self, questions: int, answered: int, dead: int, todo: int) -> None:
-        """So many were looked up in the corpus; the first time, a person is told."""
-        self.skipped += questions - todo
+    def looked_up(self, questions: int, answered: int, dead: int, todo: int, aside: int) -> None:
+        """So many were looked up in the corpus; the first time, a person is told.
+
+        Those set aside are looked up again when the other run is through with them.
+        """
+        self.skipped += questions - todo - aside
+        self.aside = aside
         self._chunks += 1
         if self._chunks > 1:
             return
-        gone = f", {dead} in dead_letters (see teacher.retry_dead_letters)" if dead else ""
+        gone = f", {aside} asked by another run just now" if aside else ""
+        gone += f", {dead} in dead_letters (see teacher.retry_dead_letters)" if dead else ""
         if self.total is not None and self.total <= questions:
             say(f"{self.description}: {questions} questions, {answered} answered before, {todo} to ask{gone}")
         else:
             say(f"{self.description}: {self.total or 'a stream of'} questions, asking those not answered before{gone}")
+
+    async def wait_for_others(self) -> None:
+        """A moment; where nothing else is left to do, a person is told, now and then."""
+        await asyncio.sleep(OTHERS_S)
+        if not self.open and time.monotonic() > self._say_others_at:
+            self._say_others_at = time.monotonic() + SAY_OTHERS_S
+            say(f"{self.description}: {self.aside} questions are asked by another run on this corpus; "
+                "waiting for its answers (Ctrl-C is safe)")  # fmt: skip
 
     @property
     def done(self) -> int:
@@ -146,6 +165,7 @@ class Work:
                 task.cancel()
             if late:  # they still note that they were interrupted
                 await asyncio.wait(late)
+            self.open.clear()
 
     def _end(self) -> None:
         self._ended.set()
