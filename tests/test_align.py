@@ -358,6 +358,24 @@ def test_a_character_shown_at_its_last_token_is_no_label_for_the_whole() -> None
     assert read(found, STUDENT) == [{}, {"b": 0.5}]
 
 
+def test_one_tokenizer_is_known_by_its_ids_also_where_characters_are_shown_whole() -> None:
+    """As llama.cpp does: nothing at the first of two tokens, the character at the second, U+FFFD among alternatives."""
+    pieces: list[bytes | None] = [b"a", b" \xc3", b"\xbc", b"\x9f", b"b", None]
+    shown = {0: VocabToken("a", b"a"), 1: VocabToken("", b""), 2: VocabToken(" \u00fc", " \u00fc".encode())}
+    shown |= {3: VocabToken("\ufffd", "\ufffd".encode()), 5: VocabToken("", None)}
+    pieces += [char.encode() for char in "cdefghij"]
+    shown |= {i: VocabToken(char, char.encode()) for i, char in enumerate("cdefghij", 6)}
+    student = StudentVocab(pieces, lambda text: [0], 5)
+    aligner = Aligner(shown, student, end_ids=[5])
+    assert aligner.same_ids
+    ids = [0, 1, 2, 5]
+    found = aligner.align("a \u00fc", by_id(*ids, top=[3]), ids)
+    assert found.coverage == 1.0
+    assert [set(row[v > -INF]) for row, v in zip(found.ids, found.logprobs, strict=True)] == [{i, 3} for i in ids]
+    assert not Aligner(shown | {4: VocabToken("c", b"c")}, student, end_ids=[5]).same_ids
+    assert not Aligner({i + 1: token for i, token in shown.items()}, student, end_ids=[6]).same_ids
+
+
 @pytest.mark.parametrize(
     ("token", "spelled"),
     [

@@ -64,6 +64,9 @@ class Aligner:
         self.spelled = spell(vocab) | dict.fromkeys(end_ids, b"")
         self.same_ids = ids_agree(self.spelled, student)
         self.same = same or self.same_ids
+        if self.same_ids:  # then the student's bytes are known also where the endpoint shows none, or others
+            own = {i: student.spelled[i] for i in self.spelled if i not in end_ids and i < len(student.spelled)}
+            self.spelled |= {i: piece for i, piece in own.items() if piece is not None}
         self._texts = {token_id: token.text for token_id, token in vocab.items()}
         self._owned = {piece for piece in self.spelled.values() if piece} | set(known or ())
         ids = [i for i in self.spelled if i < NO_ID] or [0]

@@ -14,6 +14,8 @@ UNMAPPABLE = -1
 SAME_SHARE = 0.98
 """Of the teacher's tokens that are the student's, for one tokenizer: at temperature 1 a model now and then spells a
 word in an uncommon way."""
+EXACT_SHARE = 0.8
+"""Of the tokens that were seen: the others may be special, or bytes of characters that are shown whole."""
 
 
 class StudentVocab:
@@ -102,7 +104,16 @@ def ids_agree(spelled: Mapping[int, bytes | None], student: StudentVocab) -> boo
     """Whether the endpoint gives ids, and every token that was seen is the student's of that id."""
     size = len(student.spelled)
     seen = [(student.spelled[i] if 0 <= i < size else b"", piece) for i, piece in spelled.items() if piece or i < 0]
-    return any(own == piece for own, piece in seen) and all(own in (piece, None) for own, piece in seen)
+    exact = sum(own == piece for own, piece in seen)
+    return exact > 0 and exact >= EXACT_SHARE * len(seen) and all(_shows(piece or b"", own) for own, piece in seen)
+
+
+def _shows(piece: bytes, own: bytes | None) -> bool:
+    """Whether `piece` may be how this token is shown: llama.cpp shows a whole character at the token that ends it."""
+    if own is None or piece == own:
+        return True
+    whole = own.decode("utf-8", "ignore").encode() == own
+    return bool(own) and not whole and piece.endswith(own)
 
 
 def _alike(
