@@ -56,6 +56,10 @@ def distributions(student: Student, rows: Sequence[Rendered], batch_size: int = 
     return found
 
 
+_TEACHER: dict[str, list[torch.Tensor]] = {}
+"""Its distributions on a fixed set, by the id of that."""
+
+
 class Truth:
     """The teacher's exact distributions on the held-out answers, and a student's distance to them."""
 
@@ -67,8 +71,10 @@ class Truth:
         render = student.renderer.render
         told = [render(wrap(a.prompt.messages), text) for a, text in zip(answers, texts, strict=True)]
         self.rows = [render(a.prompt.messages, text) for a, text in zip(answers, texts, strict=True)]
-        with student.model.disable_adapter():
-            self.teacher = distributions(student, told)
+        if fixed.set_id not in _TEACHER:  # it is one for all runs, and its prompt is long
+            with student.model.disable_adapter():
+                _TEACHER[fixed.set_id] = distributions(student, told)
+        self.teacher = _TEACHER[fixed.set_id]
         self.top = [logp.topk(k) for logp in self.teacher]
         model = project.config.teacher.model
         ids = [a.sampled.completion_id for a in answers]
@@ -241,8 +247,8 @@ def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, nargs="+", default=[6, 12, 24, 36], help="optimiser steps to measure at")
-    parser.add_argument("--heldout", type=int, default=96, help="held-out prompts")
+    parser.add_argument("--steps", type=int, nargs="+", default=[12, 24, 36], help="optimiser steps to measure at")
+    parser.add_argument("--heldout", type=int, default=48, help="held-out prompts")
     parser.add_argument("--out", type=Path, default=Path("runs/true_kl"), help="corpus and finished runs: resumable")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     flags, extra = parser.parse_known_args()
