@@ -6,7 +6,7 @@ prompt -> request -> (attempts) -> completion -> [rollout -> feedback ->] train 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
@@ -14,6 +14,8 @@ from blackbox_kd.hashing import content_id
 
 Message: TypeAlias = dict[str, Any]
 """`{"role": ..., "content": ...}`, as in the chat-completions API."""
+
+Byte: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=255)]
 
 Split = Literal["train", "heldout", "ood", "holdback"]
 Author = Literal["teacher", "student", "judge"]
@@ -112,7 +114,7 @@ class TopLogprob(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
 
     token: str
     logprob: float
-    bytes: list[int] | None = None
+    bytes: list[Byte] | None = None
     """UTF-8 bytes; None where the endpoint gives none."""
     id: int | None = None
     """The endpoint's own token id; None where it gives none."""

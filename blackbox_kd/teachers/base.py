@@ -68,7 +68,7 @@ class Transport(Protocol):
         """The reply, where it is a 200; `path` is below the base URL.
 
         Raises:
-            TeacherError: by status, see `teachers.wire.error_of`.
+            TeacherError: by status, see `teachers.failures.error_of`.
         """
         ...
 
