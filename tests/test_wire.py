@@ -243,7 +243,7 @@ def test_odd_logprobs_cost_no_text_and_the_reason_is_kept(odd: str, warm: bool) 
 
 def test_half_a_character_in_a_text_is_shown_as_one_that_is_broken() -> None:
     token = '{"token":"\\ud83d","logprob":-1}'
-    data = '{"choices":[{"message":{"content":"Hi \\ud83d"},"logprobs":{"content":[%s]}}]}' % token
+    data = '{"choices":[{"message":{"content":"Hi \\ud83d"},"logprobs":{"content":[' + token + "]}}]}"
     (answer,), _ = decode(data.encode())
     assert answer.text == "Hi \ufffd\ufffd\ufffd"
     assert answer.logprobs is not None
@@ -370,6 +370,30 @@ QUOTA = {"message": "You exceeded your current quota", "type": "insufficient_quo
 )
 def test_an_empty_account_is_refused_for_good_whatever_the_status(status: int, error: Any) -> None:
     assert type(error_of(status, json.dumps({"error": error}).encode(), {"retry-after": "1"})) is TeacherRefused
+
+
+LIMITED = "Rate limit reached for gpt-4o in organization org-1 on tokens per min (TPM): "
+LARGE = "Request too large for gpt-4o in organization org-1 on tokens per min (TPM): "
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        (LARGE + "Limit 30000, Requested 45001. The input or output tokens must be reduced.", RequestRejected),
+        (LARGE + "Limit: 6000, Requested: 7000, please reduce your message size.", RequestRejected),
+        ("Request too large for this tier.", RequestRejected),
+        (LIMITED + "Limit 30000, Used 5, Requested 30001. Please try again in 6s.", RequestRejected),
+        (LIMITED + "Limit 30000, Used 29000, Requested 2000. Please try again in 2s.", RateLimited),
+        (LIMITED + "Limit 30000, Requested 30000.", RateLimited),
+        ("Rate limit reached for requests. Limit: 3 / min. Please try again in 20s.", RateLimited),
+        ("slow down", RateLimited),
+    ],
+)
+def test_a_429_for_more_than_the_whole_limit_will_never_succeed(message: str, kind: type[TeacherError]) -> None:
+    error = {"message": message, "type": "tokens", "param": None, "code": "rate_limit_exceeded"}
+    found = error_of(429, json.dumps({"error": error}).encode(), {"retry-after": "1"})
+    assert (type(found), found.status) == (kind, 429)
+    assert type(error_of(500, json.dumps({"error": error}).encode(), {})) is TransientError
 
 
 def test_a_prompt_about_quotas_that_an_error_echoes_does_not_stop_the_run() -> None:

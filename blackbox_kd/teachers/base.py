@@ -112,7 +112,8 @@ class TeacherConfig(Section):
     timeout_s: float = Field(600.0, gt=0)
     """Seconds for one answer."""
     give_up_s: float = Field(300.0, gt=0)
-    """Seconds of nothing but failures after which a run stops; also the longest pause that a 429 may ask for."""
+    """Seconds of nothing but failures after which a run stops; also the longest pause that a 429 may ask for, and how
+    long one question is asked again that gets nothing but 429s while others are answered."""
     max_retries: int = Field(5, ge=0)
     """Times that a request is asked again after a transient failure; a 429 does not count."""
     require_logprobs: bool = False

@@ -19,6 +19,8 @@ QUOTA_CODES = (
     "credit_balance_too_low",
 )
 """429s (or 402s) that no waiting cures."""
+_NUMBERS = re.compile(r"Limit:? (?P<limit>\d+)\b.{,40}?\bRequested:? (?P<requested>\d+)\b")
+"""Of tokens. https://platform.openai.com/docs/guides/rate-limits"""
 
 
 def error_of(status: int, data: bytes, headers: Mapping[str, str]) -> TeacherError:
@@ -33,11 +35,18 @@ def _classify(status: int, data: bytes, headers: Mapping[str, str]) -> TeacherEr
     message = f"HTTP {status}: {said}"
     if status in (401, 402, 403) or not codes.isdisjoint(QUOTA_CODES):
         return TeacherRefused(f"the teacher refuses for good, {message}", status=status)
-    if status == 429:
+    if status == 429 and not _too_large(said):
         return RateLimited(message, status=status, retry_after_s=retry_after(headers))
     if status in (408, 409, 425) or status >= 500:
         return TransientError(message, status=status, retry_after_s=retry_after(headers))
     return RequestRejected(message, status=status)
+
+
+def _too_large(said: str) -> bool:
+    """Whether a 429 asks for more than the whole limit: no waiting makes room for it."""
+    if numbers := _NUMBERS.search(said):
+        return int(numbers["requested"]) > int(numbers["limit"])
+    return said.lower().startswith("request too large")
 
 
 def _error_text(data: bytes) -> tuple[str, set[str]]:
