@@ -98,6 +98,12 @@ class PriceConfig(Section):
         fresh = max(0, usage.prompt_tokens - usage.cached_tokens)
         return (fresh * self.input + usage.cached_tokens * cached + usage.completion_tokens * self.output) / 1e6
 
+    def in_batches(self) -> PriceConfig:
+        """What the Batch API asks."""
+        cached = None if self.cached_input is None else self.cached_input * self.batch_factor
+        prices = {"input": self.input * self.batch_factor, "output": self.output * self.batch_factor}
+        return self.model_copy(update={**prices, "cached_input": cached})
+
 
 class TeacherConfig(Section):
     """Common to all providers; each adds how it is reached."""
