@@ -137,7 +137,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: str
     choice_idx: int = 0
     policy: str | None = None
-    """Content hash of the adapter that wrote it; None for a teacher, "base" without an adapter."""
+    """Content hash of the base and adapter that wrote it, `base:HASH` without an adapter; None for a teacher."""
     round: int = 0
     """0 before the on-policy stage, then its rounds from 1."""
     reasoning: str | None = None
