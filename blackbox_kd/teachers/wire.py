@@ -115,6 +115,7 @@ _bytes = msgspec.json.Decoder(_Reply[_Logprobs[_BytesToken]])
 _bare = msgspec.json.Decoder(_Reply[Any])
 """Whatever stands where logprobs should."""
 
+UNREADABLE = (ValueError, RecursionError)
 CHECKED_REPLIES = 8
 """Replies whose token bytes must be those of the text before they are taken to be so ever after."""
 _CUT = (b"\xef\xbf\xbd", b"\\ufffd", b"\\uFFFD", b"\\\\x")
@@ -151,7 +152,7 @@ class Decoder:
         lean = self._as_text and self._checked >= CHECKED_REPLIES
         try:
             reply = self._read(data, lean)
-        except ValueError as error:  # no JSON, no UTF-8, the wrong shape, bytes that are none
+        except UNREADABLE as error:  # no JSON, no UTF-8, the wrong shape, bytes that are none
             reply, lean = self._salvage(data, error), False
         if not reply.choices:
             raise _no_choices(reply, data)
@@ -165,7 +166,7 @@ class Decoder:
             self._check(reply.choices or [])
         return reply
 
-    def _salvage(self, data: bytes, error: ValueError) -> _Reply[Any]:
+    def _salvage(self, data: bytes, error: Exception) -> _Reply[Any]:
         """What can be read: of each choice its logprobs without bytes, or none, where they are odd.
 
         Raises:
@@ -173,7 +174,7 @@ class Decoder:
         """
         try:
             reply = _bare.decode(_strict(data))
-        except ValueError:
+        except UNREADABLE:
             raise _unreadable(f"a 200 that cannot be read ({error}): {data[:80]!r}", data) from error
         for choice in reply.choices or []:
             given, choice.logprobs = choice.logprobs, None
@@ -276,7 +277,7 @@ def usage_of(data: bytes) -> Usage:
     """What a 200 says that it cost; nothing where it cannot be read."""
     try:
         return _usage(_bare.decode(_strict(data)).usage)
-    except ValueError:
+    except UNREADABLE:
         return Usage()
 
 
