@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources, util
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from blackbox_kd.errors import ConfigError
@@ -79,8 +79,20 @@ class LoraSection(Section):
     lora_alpha: int = Field(32, ge=1)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"
-    layers_to_transform: list[int] | None = None
+    layers_to_transform: list[NonNegativeInt] | None = Field(None, min_length=1)
     """Only these layers; no backward pass below the lowest. None: all."""
+
+    @model_validator(mode="after")
+    def _layers_of_names(self) -> Self:
+        pattern = isinstance(self.target_modules, str) and not self.all_linear
+        if pattern and self.layers_to_transform is not None:
+            raise ValueError("layers_to_transform needs target_modules as a list of names or as all-linear")
+        return self
+
+    @property
+    def all_linear(self) -> bool:
+        """Whether every linear layer but the head gets an adapter."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
 
 
 class StudentConfig(Section):

@@ -18,12 +18,12 @@ from typing import Any
 
 from blackbox_kd.algorithms.base import Outcome, ce_sample
 from blackbox_kd.errors import ConfigError, TeacherError
-from blackbox_kd.hashing import file_hash, phase_seed
+from blackbox_kd.hashing import phase_seed
 from blackbox_kd.model_card import write_card
 from blackbox_kd.progress import say
 from blackbox_kd.project import Project, stage_main
 from blackbox_kd.rollout import Writer
-from blackbox_kd.student.student import ADAPTER_FILE, Student
+from blackbox_kd.student.student import Student
 from blackbox_kd.student.update import Updater
 from blackbox_kd.types import Prompt, TrainSample
 
@@ -86,7 +86,7 @@ async def run(project: Project) -> dict[str, Any]:
                 config.student.model,
             )
         project.log("onpolicy", metric_rows(name, round_, metrics, steps))
-        student.policy = file_hash(run_dir.checkpoint(name) / ADAPTER_FILE)
+        student.policy = student.policy_of(run_dir.checkpoint(name))
         rounds[name] = {**metrics, "loss": steps[-1]["loss"]}
         say(f"onpolicy: {name}: {len(rollouts)} rollouts, {len(outcome.samples)} targets, {len(replayed)} replayed, "
             f"{len(steps)} steps, loss {steps[0]['loss']:.3f} -> {steps[-1]['loss']:.3f}")  # fmt: skip

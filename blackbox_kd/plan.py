@@ -138,7 +138,7 @@ def mean_of(by_purpose: dict[str, float]) -> float | None:
     return sum(found) / len(found) if found else None
 
 
-def estimate(name: str, found: Count, mean: float | None, seen: History, price: PriceConfig | None) -> Stage:
+def estimate(name: str, found: Count, mean: float | None, rate_per_s: float | None, price: PriceConfig | None) -> Stage:
     """A stage's questions with what they cost; `mean`: completion tokens of such an answer so far."""
     high = found.longest
     low = mean * found.to_ask if mean is not None else None if high is None else GUESSED_SHARE * high
@@ -156,7 +156,7 @@ def estimate(name: str, found: Count, mean: float | None, seen: History, price: 
         completion_tokens_high=high,
         usd_low=dollars(price, prompt_tokens, low),
         usd_high=dollars(price, prompt_tokens, high),
-        seconds=found.to_ask / seen.rate_per_s if seen.rate_per_s else None if found.to_ask else 0.0,
+        seconds=found.to_ask / rate_per_s if rate_per_s else None if found.to_ask else 0.0,
     )
 
 
@@ -186,7 +186,10 @@ def plan(config: Config) -> dict[str, Any]:
         "evaluate": count(chain.from_iterable(pairs), path, config.teacher, per_byte),
     }
     means = {**seen.completion_tokens, "onpolicy": mean_of(seen.completion_tokens)}
-    stages = [estimate(name, found, means.get(name), seen, price) for name, found in counts.items()]
+    terms = dict.fromkeys(counts, (seen.rate_per_s, price))
+    if config.sample.batch:  # half the price, and as long as the provider likes
+        terms["sample"] = None, price and price.in_batches()
+    stages = [estimate(name, found, means.get(name), *terms[name]) for name, found in counts.items()]
     return {
         "stages": msgspec.to_builtins(stages),
         "total": total(stages),

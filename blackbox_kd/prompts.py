@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import codecs
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jinja2
 import jinja2.meta
 import msgspec
+import numpy as np
 
 from blackbox_kd.config import PromptsConfig, find_file
 from blackbox_kd.errors import ConfigError
@@ -20,6 +22,8 @@ from blackbox_kd.types import Message, Prompt, Split
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 ROLES = ("system", "user", "assistant", "tool")
+PROGRESS_ROWS = 1000
+"""Rows between two updates of the live line."""
 
 
 class PromptSet:
@@ -38,50 +42,94 @@ class PromptSet:
         files = [(path / f"{split}.jsonl", split) for split in SPLITS] if path.is_dir() else [(path, SPLITS[0])]
         self._files = [(file, default) for file, default in files if file.exists() or default == "train"]
         self._loaded: dict[Split, list[Prompt]] = {split: [] for split in SPLITS if split != "train"}
-        self._counts = dict.fromkeys(SPLITS, 0)
-        self._check()
-        if not self._counts["train"]:
+        self._repeated: set[int] = set()
+        self._train = self._check()
+        if not self._train:
             raise ConfigError(f"prompts.path {config.path!r}: no train prompts in it")
 
-    def _check(self) -> None:
-        """Two passes: what is small is loaded, then the train prompts are held against it."""
-        split_of: dict[str, Split] = {}
-        with counting("checking the prompts", None) as progress:
-            for where, prompt in self._rows():
-                if prompt.split != "train":
-                    if split_of.setdefault(prompt.prompt_id, prompt.split) != prompt.split:
-                        raise _twice(where, split_of[prompt.prompt_id], prompt.split)
-                    self._loaded[prompt.split].append(prompt)
-                self._counts[prompt.split] += 1
-                progress.advance()
-            for where, prompt in self._rows() if split_of else ():
-                if prompt.split == "train" and prompt.prompt_id in split_of:
-                    raise _twice(where, split_of[prompt.prompt_id], "train")
-        self._loaded = {s: list(_unique(found))[: self._limits.get(s)] for s, found in self._loaded.items()}
+    def _check(self) -> int:
+        """One pass over all rows; returns how many train prompts there are, each counted once.
 
-    def _rows(self) -> Iterator[tuple[str, Prompt]]:
+        A train prompt is remembered by the 8 bytes of `_key`.
+        """
+        split_of: dict[str, Split] = {}
+        keys, small = array("q"), set[int]()
+        with counting("checking the prompts", None) as progress:
+            for number, (where, row) in enumerate(self._rows()):
+                if row.split == "train":
+                    keys.append(_key(row))
+                else:
+                    small.add(_key(row))
+                    prompt = row.prompt()
+                    if split_of.setdefault(prompt.prompt_id, row.split) != row.split:
+                        raise _twice(where, split_of[prompt.prompt_id], row.split)
+                    self._loaded[row.split].append(prompt)
+                if number % PROGRESS_ROWS == 0:
+                    progress.at(number)
+        self._loaded = {s: list(_unique(found))[: self._limits.get(s)] for s, found in self._loaded.items()}
+        if shared := small.intersection(keys):
+            self._refuse_shared(shared, split_of)
+        ordered = np.sort(np.frombuffer(keys, np.int64))
+        again = ordered[1:][ordered[1:] == ordered[:-1]]
+        self._repeated = set(again.tolist())
+        return len(keys) - len(again)
+
+    def _refuse_shared(self, keys: set[int], split_of: Mapping[str, Split]) -> None:
+        for where, row in self._rows():
+            if row.split == "train" and _key(row) in keys and (other := split_of.get(row.prompt().prompt_id)):
+                raise _twice(where, other, "train")
+
+    def _rows(self) -> Iterator[tuple[str, _Row]]:
         for file, default in self._files:
+            name = file.name
             for where, row in read_jsonl(file):
-                yield where, _prompt(row, where, default, file)
+                yield where, _checked(row, where, default, name)
 
     def __getitem__(self, split: Split) -> list[Prompt]:
         if split not in self._loaded:
-            self._loaded[split] = list(_unique(self.stream(split)))
+            self._loaded[split] = list(self.stream(split))
         return self._loaded[split]
 
     def stream(self, split: Split, limit: int | None = None) -> Iterator[Prompt]:
         """The prompts of a split, the first `limit` of them, read as they are taken."""
         if split in self._loaded:
             yield from self._loaded[split][:limit]
-            return
-        found = (prompt for _, prompt in self._rows() if prompt.split == split)
-        ends = [end for end in (limit, self._limits.get(split)) if end is not None]
-        # Without a limit a repeated prompt does no harm: its question is known by then.
-        yield from islice(_unique(found), min(ends)) if ends else found
+        else:
+            yield from islice(self._train_prompts(), self.count(split, limit))
+
+    def _train_prompts(self) -> Iterator[Prompt]:
+        seen: set[str] = set()
+        for _, row in self._rows():
+            if row.split == "train":
+                prompt = row.prompt()
+                if self._repeated and _key(row) in self._repeated:
+                    if prompt.prompt_id in seen:
+                        continue
+                    seen.add(prompt.prompt_id)
+                yield prompt
 
     def count(self, split: Split, limit: int | None = None) -> int:
-        """No fewer than `stream` yields: a repeated prompt counts twice."""
-        return min(self._counts[split], *(end for end in (limit, self._limits.get(split)) if end is not None), 1 << 62)
+        """How many `stream` yields."""
+        if split in self._loaded:
+            return len(self._loaded[split][:limit])
+        return min(self._train, *(end for end in (limit, self._limits.get(split)) if end is not None), 1 << 62)
+
+
+class _Row(NamedTuple):
+    """A row that is in order; its prompt has a hash, which costs more than all the rest."""
+
+    messages: list[Message]
+    split: Split
+    source: str
+    meta: dict[str, Any]
+
+    def prompt(self) -> Prompt:
+        return Prompt(messages=self.messages, split=self.split, source=self.source, meta=self.meta)
+
+
+def _key(row: _Row) -> int:
+    """The same for the same messages; for others nearly always another (64 bits)."""
+    return hash(msgspec.json.encode(row.messages, order="sorted"))
 
 
 def _twice(where: str, one: Split, other: Split) -> ConfigError:
@@ -97,8 +145,9 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}:{number}", _row(line, f"{path}:{number}")
+                if not line.isspace():
+                    where = f"{path}:{number}"
+                    yield where, _row(line, where)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
 
@@ -113,7 +162,7 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
-def _prompt(row: Mapping[str, Any], where: str, default: Split, file: Path) -> Prompt:
+def _checked(row: Mapping[str, Any], where: str, default: Split, file: str) -> _Row:
     messages = row.get("messages", row.get("prompt"))
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
@@ -126,7 +175,7 @@ def _prompt(row: Mapping[str, Any], where: str, default: Split, file: Path) -> P
     checked = check_messages(messages, where)
     if checked[-1]["role"] != "user":
         raise ConfigError(f"{where}: the last message must be the user's, it is the {checked[-1]['role']}'s")
-    return Prompt(messages=checked, split=split, source=str(row.get("source", file.name)), meta=meta)
+    return _Row(checked, split, str(row.get("source", file)), meta)
 
 
 def check_messages(messages: Any, where: str) -> list[Message]:

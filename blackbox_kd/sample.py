@@ -38,7 +38,7 @@ async def run(project: Project) -> dict[str, Any]:
         "cached": cached,
         "answers": cached + sum(finished.values()),
         "finish_reason": finished,
-        "missing_logprobs": engine.missing_logprobs,
+        "missing_logprobs": engine.missing.count,
         "spend": project.corpus.spend(project.run_id),
     }
 

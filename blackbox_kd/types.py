@@ -6,7 +6,7 @@ prompt -> request -> (attempts) -> completion -> [rollout -> feedback ->] train 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Message: TypeAlias = dict[str, Any]
 """`{"role": ..., "content": ...}`, as in the chat-completions API."""
+
+Byte: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=255)]
 
 Split = Literal["train", "heldout", "ood", "holdback"]
 Author = Literal["teacher", "student", "judge"]
@@ -115,7 +117,7 @@ class TopLogprob(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
 
     token: str
     logprob: float
-    bytes: list[int] | None = None
+    bytes: list[Byte] | None = None
     """UTF-8 bytes; None where the endpoint gives none."""
     id: int | None = None
     """The endpoint's own token id; None where it gives none."""
@@ -159,7 +161,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: str
     choice_idx: int = 0
     policy: str | None = None
-    """Content hash of the adapter that wrote it; None for a teacher, "base" without an adapter."""
+    """Content hash of the base and adapter that wrote it, `base:HASH` without an adapter; None for a teacher."""
     round: int = 0
     """0 before the on-policy stage, then its rounds from 1."""
     reasoning: str | None = None

@@ -14,6 +14,7 @@ import pytest
 from blackbox_kd import sample
 from blackbox_kd.config import SampleConfig
 from blackbox_kd.corpus import Corpus
+from blackbox_kd.corpus.heartbeat import Heartbeat, read_heartbeats
 from blackbox_kd.errors import BudgetExhausted, ConfigError, TeacherError, TeacherRefused, TeacherUnreachable
 from blackbox_kd.teachers.batch.batches import Batches
 from blackbox_kd.teachers.batch.ledger import Ledger
@@ -231,6 +232,58 @@ def test_logprobs_that_were_asked_for_and_did_not_come_are_said(
     with served(FakeBatchAPI(bare)) as api:
         ask(api.url, corpus, questions(2, logprobs=True))
     assert capsys.readouterr().err.count("was asked for logprobs and gave none") == 1
+
+
+def without_logprobs(*which: int) -> Callable[[list[Line]], Ending]:
+    def bare(lines: list[Line]) -> Ending:
+        given = [answer(line, body=chat_reply("Oui", logprobs=i not in which)) for i, line in enumerate(lines)]
+        return "completed", given, None
+
+    return bare
+
+
+@pytest.mark.parametrize(("which", "times"), [((0, 1), 2), ((0, 1, 2, 3), 4)])
+def test_required_logprobs_that_did_not_come_end_the_command_when_all_is_kept(
+    corpus: Corpus, which: tuple[int, ...], times: int
+) -> None:
+    asked = questions(len(which), logprobs=True)
+    with served(FakeBatchAPI(without_logprobs(*which))) as api:
+        asking = batches(api.url, corpus, require_logprobs=True)
+        with pytest.raises(TeacherRefused, match=f"m gave no logprobs {times} times in a row, and teacher.require"):
+            asyncio.run(collect(asking, asked))
+        assert len(stored(corpus)) == len(which)
+        assert asking._engine.missing.count == times
+        assert ask(api.url, corpus, asked, require_logprobs=True) == []
+    assert left_behind(corpus) == []
+
+
+def test_a_few_that_lack_required_logprobs_are_counted(corpus: Corpus) -> None:
+    with served(FakeBatchAPI(without_logprobs(1, 3))) as api:
+        asking = batches(api.url, corpus, require_logprobs=True)
+        assert len(asyncio.run(collect(asking, questions(5, logprobs=True)))) == 5
+    assert asking._engine.missing.count == 2
+
+
+def test_status_shows_a_run_that_waits_for_a_batch(tmp_path: Path) -> None:
+    corpus, seen = tmp_path / "corpus.duckdb", list[Heartbeat]()
+
+    def beats() -> bool:
+        seen.extend(beat for beat in read_heartbeats(corpus.with_name(corpus.name + ".journal")) if beat.alive)
+        return bool(seen)
+
+    with served(FakeBatchAPI(looks=10_000)) as api:
+        config = write_config(tmp_path, api.url, sample={"batch": True, "batch_poll_s": 600}, teacher={"price": PRICE})
+        with start("sample", "--config", config) as process:
+            wait_for(beats, process)
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)
+        assert (seen[-1].total, seen[-1].done, seen[-1].in_flight, seen[-1].state) == (4, 0, 4, "running")
+        assert seen[-1].description.startswith("sample")
+        api.looks = 0
+        assert sample.main(["--config", config, "--sample.batch_poll_s", "0.02"]) == 0
+    (last,) = read_heartbeats(corpus.with_name(corpus.name + ".journal"))
+    assert (last.done, last.failed, last.spent_requests, last.state) == (4, 0, 4, "ended")
+    assert last.spent_usd == pytest.approx(4 * COST / 2)
 
 
 # Passing failures

@@ -129,6 +129,8 @@ def test_a_key_of_another_provider_is_not_offered_as_its_own_correction(load: Lo
         ("prompts.limits.train", "-1", "prompts.limits.train: should be greater than or equal to 0, it is -1"),
         ("student.lora.target_modules", "5", "student.lora.target_modules: should be a valid string, it is 5 "
                                              "(and 1 more)"),
+        ("student.lora.layers_to_transform", "[-1]",
+         "student.lora.layers_to_transform: should be greater than or equal to 0, it is -1"),
         ("sample", "", "sample: should be a section with keys of its own, it is None"),
         ("teacher.extra_body", "[1]", "teacher.extra_body: should be a section with keys of its own, it is [1]"),
         ("onpolicy.algorithm.name", "relable", "onpolicy.algorithm.name: should be 'relabel', it is 'relable'"),
@@ -136,6 +138,19 @@ def test_a_key_of_another_provider_is_not_offered_as_its_own_correction(load: Lo
 )  # fmt: skip
 def test_a_wrong_value_is_one_line_with_key_and_value(load: Load, flag: str, value: str, said: str) -> None:
     assert complaint(load, f"--{flag}", value) == said
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        ("{target_modules: '.*proj', layers_to_transform: [1]}",
+         "student.lora: layers_to_transform needs target_modules as a list of names or as all-linear, it is {"),
+        ("{layers_to_transform: []}", "student.lora.layers_to_transform: list should have at least 1 item"),
+    ],
+)  # fmt: skip
+def test_layers_go_with_names_of_modules(load: Load, lora: str, said: str) -> None:
+    assert complaint(load, "--student.lora", lora).startswith(said)
+    assert load("--student.lora", "{layers_to_transform: [1]}").student.lora.all_linear
 
 
 def test_a_required_key_that_is_missing_is_named(load: Load) -> None:

@@ -516,7 +516,7 @@ def test_logprobs_that_were_asked_for_and_not_given_are_counted(
     with served(FakeAPI()) as api:
         answers, engine = ask(config(api.url), corpus, questions(3, logprobs=True, top_logprobs=5))
     assert texts(answers) == echoes(0, 1, 2)
-    assert engine.missing_logprobs == 3
+    assert engine.missing.count == 3
     assert capsys.readouterr().err.count("asked for logprobs and gave none") == 1
 
 
@@ -529,7 +529,7 @@ def test_logprobs_that_came_or_were_not_asked_for_or_of_no_text_are_not_missing(
     with served(FakeAPI(given_unless_empty)) as api:
         _, engine = ask(config(api.url), corpus, [*questions(2), *questions(4, logprobs=True, top_logprobs=1)])
     assert engine.asked == 6
-    assert engine.missing_logprobs == 0
+    assert engine.missing.count == 0
 
 
 # Secrets

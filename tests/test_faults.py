@@ -28,7 +28,7 @@ from blackbox_kd.corpus.journal import leftovers
 from blackbox_kd.errors import CorpusBusy, TeacherUnreachable
 from blackbox_kd.teachers.engine import CHUNK, Engine
 from tests.conftest import RUN_ID
-from tests.fakes import Answer, FakeAPI, chat_reply, cut_short, error_reply, reset, served
+from tests.fakes import Answer, FakeAPI, Handler, chat_reply, cut_short, error_reply, reset, served
 from tests.records import eventually, held_open, let_go
 from tests.test_engine import (
     ask,
@@ -175,6 +175,36 @@ def test_an_endpoint_that_only_fails_is_given_up_after_a_while(corpus: Corpus, s
     assert re.fullmatch(rf"nothing but {what} for \d s \(teacher\.give_up_s is 0\); run again later", str(raised.value))
     assert {s for (s,) in attempts(corpus, "status")} == {status}
     assert count(corpus, "pending") == 2
+
+
+def only(number: int, *refusal: Any) -> Handler:
+    """One question is always limited, all others are answered."""
+
+    def handler(body: dict[str, Any], _: web.Request) -> Answer:
+        if body["messages"][-1]["content"] == f"Say {number}":
+            return error_reply(429, *refusal, headers={"retry-after-ms": "10"})
+        return echo(body)
+
+    return handler
+
+
+def test_a_question_too_large_for_the_limit_is_a_dead_letter_at_once(corpus: Corpus) -> None:
+    said = "Request too large for m on tokens per min (TPM): Limit 100, Requested 200."
+    with served(FakeAPI(only(1, said, "rate_limit_exceeded"))) as api:
+        found, _ = ask(config(api.url), corpus, questions(4))
+    assert (texts(found), len(api.bodies)) == (echoes(0, 2, 3), 4)
+    assert corpus.rows("SELECT status, error FROM dead_letters") == [(429, f"HTTP 429: {said} (rate_limit_exceeded)")]
+
+
+def test_a_question_that_gets_nothing_but_429s_while_others_are_answered_stays_pending(
+    corpus: Corpus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with served(FakeAPI(only(30), delay_s=0.02)) as api:
+        found, _ = ask(config(api.url, concurrency=4, give_up_s=1), corpus, questions(120))
+    assert texts(found) == sorted(set(echoes(*range(120))) - {"echo Say 30"})
+    assert (count(corpus, "pending"), count(corpus, "dead_letters")) == (1, 0)
+    assert "1 of 120 requests failed (HTTP 429: no); they stay pending, run again" in capsys.readouterr().err
+    assert 5 < api.asked.count("Say 30") < 40
 
 
 # The input

@@ -159,3 +159,25 @@ def test_one_answer_without_them_is_no_reason_to_stop(tmp_path: Path, capsys: py
     code, _ = collect(tmp_path, mostly, "--json", teacher=strict, sample={"top_logprobs": 1})
     assert code == 0
     assert json.loads(capsys.readouterr().out)["missing_logprobs"] == 1
+
+
+@pytest.mark.parametrize(("strict", "code", "asked"), [(False, 0, 5), (True, 3, 3)])
+def test_odd_logprobs_cost_one_call_and_no_text_and_are_said_once(
+    strict: bool, code: int, asked: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def odd(body: dict[str, Any]) -> dict[str, Any]:
+        reply = chat_reply("x", logprobs=True)
+        reply["choices"][0]["logprobs"]["content"][0]["logprob"] = None
+        return reply
+
+    write_prompts(tmp_path / "prompts", train=5)
+    teacher = {"require_logprobs": strict, "concurrency": 1, "price": {"input": 1.0, "output": 1.0}}
+    found, api = collect(tmp_path, odd, teacher=teacher, sample={"top_logprobs": 2})
+    assert (found, len(api.bodies)) == (code, asked)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("m was asked for logprobs and gave none that can be read (Expected `float`, got `null`") == 1
+    corpus = corpus_of(tmp_path)
+    assert corpus.rows("SELECT count(*), sum(cost_usd) FROM attempts WHERE billed AND error IS NULL") == [
+        (asked, pytest.approx(asked * 10 / 1e6))
+    ]
+    assert corpus.rows("SELECT count(*), (SELECT count(*) FROM logprobs) FROM completions") == [(asked, 0)]

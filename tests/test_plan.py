@@ -110,6 +110,28 @@ def test_several_choices_cost_several_times(project_file: Path, capsys: pytest.C
     assert row["completion_tokens_high"] == 6 * 16 * 3
 
 
+def test_a_batch_costs_its_share_and_nobody_knows_how_long_it_takes(
+    project_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_answers(project_file, 3)
+    priced = {**PRICED, "price": {**PRICED["price"], "cached_input": 0.5, "batch_factor": 0.25}}
+    flags = ["--teacher", json.dumps(priced)]
+    alone, batch = (planned(project_file, capsys, *flags, "--sample.batch", on) for on in ("false", "true"))
+    assert batch["sample"]["usd_high"] == pytest.approx(alone["sample"]["usd_high"] / 4)
+    assert batch["sample"]["usd_low"] == pytest.approx(alone["sample"]["usd_low"] / 4)
+    assert batch["evaluate"] == alone["evaluate"]
+    assert (alone["sample"]["seconds"], batch["sample"]["seconds"]) == (pytest.approx(6.0), None)
+
+
+def test_a_row_that_stands_twice_is_one_question(
+    project_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "twice.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"Say {i % 4}"}) + "\n" for i in range(10)))
+    found = planned(project_file, capsys, "--prompts", json.dumps({"path": str(rows)}), "--sample.n", "2")
+    assert (found["sample"]["questions"], found["sample"]["to_ask"]) == (8, 8)
+
+
 def test_a_person_reads_what_the_numbers_rest_on(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--config", str(project_file), "--teacher", json.dumps(HOSTED)]) == 0
     text = capsys.readouterr().out

@@ -77,7 +77,7 @@ NO_LOGPROBS = {"top_logprobs_max": 0, "has_bytes": False, "determinism_nats": No
     [
         (OPENAI, {"rate_headers": True}),
         (DEEPSEEK, {"prefill": "prefix", "seed_honoured": False}),
-        (TOGETHER, {"prefill": "assistant_last", "scoring": "echo", **NO_LOGPROBS}),
+        (TOGETHER, {"prefill": "assistant_last", "scoring": "echo", **NO_LOGPROBS, "determinism_nats": 0.0}),
         (FIREWORKS, {"prefill": "assistant_last", "scoring": "echo", "top_logprobs_max": 5}),
         (VLLM, {"prefill": "continue_final_message", "scoring": "prompt_logprobs", "top_logprobs_max": 100}),
         (LLAMA_CPP, {"prefill": "assistant_last", "scoring": "forced", "top_logprobs_max": 100, "n_max": 4,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,38 @@ def test_a_prompt_in_two_splits_is_an_error_with_its_line(write_jsonl: Write, tm
     assert refused(tmp_path / "p") == (
         f"{tmp_path / 'p' / 'train.jsonl'}:1: this prompt is in split 'heldout' as well as in 'train'"
     )
+
+
+def test_a_prompt_in_two_splits_is_found_wherever_its_rows_stand(write_jsonl: Write) -> None:
+    turned = {"messages": [{"content": "a", "role": "user"}]}  # the same prompt in another order
+    path = write_jsonl("all.jsonl", [row("b"), turned, row("c", split="ood"), row("a", split="ood"), row("d")])
+    assert refused(path) == f"{path}:2: this prompt is in split 'ood' as well as in 'train'"
+    path = write_jsonl("all.jsonl", [row("b"), row("c", split="ood"), row("c", split="heldout")])
+    assert refused(path) == f"{path}:3: this prompt is in split 'ood' as well as in 'heldout'"
+
+
+def test_train_prompts_that_stand_twice_are_counted_and_streamed_once(write_jsonl: Write) -> None:
+    texts = ["a", "b", "a", "c", "b", "a", "d"]
+    path = write_jsonl("t.jsonl", [row(text) for text in texts] + [row("e", split="ood")] * 2)
+    prompts = PromptSet(PromptsConfig(path=str(path)))
+    assert [p.text for p in prompts.stream("train")] == [p.text for p in prompts["train"]] == ["a", "b", "c", "d"]
+    assert [p.text for p in prompts.stream("train", 3)] == ["a", "b", "c"]
+    assert [prompts.count("train", limit) for limit in (None, 3, 9)] == [4, 3, 4]
+    assert (prompts.count("ood"), prompts.count("heldout")) == (1, 0)
+    few = PromptSet(PromptsConfig(path=str(path), limits={"train": 2}))
+    assert (few.count("train"), few.count("train", 1)) == (2, 1)
+
+
+def test_many_rows_are_checked_in_one_pass_and_in_little_memory(tmp_path: Path) -> None:
+    path, rows = tmp_path / "t.jsonl", 20_000
+    with path.open("w") as file:
+        file.writelines(json.dumps(row(f"{i} " + "x" * 500)) + "\n" for i in range(rows))
+    tracemalloc.start()
+    prompts = PromptSet(PromptsConfig(path=str(path)))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert prompts.count("train") == rows
+    assert peak < 60 * rows  # of 540 bytes each
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from blackbox_kd.rollout import Writer
 from blackbox_kd.student.student import Student
 from blackbox_kd.types import Completion, Prompt, SamplingParams
 from tests.conftest import RUN_ID
+from tests.tiny import make_tiny
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,21 @@ def test_another_policy_writes_anew(writer: Writer, prompts: list[Prompt]) -> No
     finally:
         writer.student.policy = policy
     found = writer.corpus.rows("select policy, count(*) from completions group by all order by all")
-    assert found == [("another", len(prompts)), ("base", len(prompts))]
+    assert found == [("another", len(prompts)), (policy, len(prompts))]
+
+
+def test_another_model_of_the_same_name_writes_anew(corpus: Corpus, prompts: list[Prompt], tmp_path: Path) -> None:
+    corpus.add_prompts(prompts)
+    for seed in (0, 1, 0):
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        student = Student(StudentConfig(model=str(make_tiny(tmp_path / "model", seed=seed)), device="cpu"))
+        sampling = SamplingParams(max_completion_length=4)
+        Writer(
+            student=student, sampling=sampling, purpose="rollout", round=1, seed=7, batch_size=4, corpus=corpus,
+            run_id=RUN_ID,
+        ).answers(prompts)  # fmt: skip
+    found = corpus.rows("select count(*), count(distinct policy), count(distinct model) from completions")
+    assert found == [(2 * len(prompts), 2, 1)]
 
 
 def test_finish_reason_tells_whether_it_ended(writer: Writer, prompts: list[Prompt]) -> None:

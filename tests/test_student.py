@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from blackbox_kd.config import LoraSection, StudentConfig
 from blackbox_kd.errors import ModelError
-from blackbox_kd.student.load import pick_dtype
+from blackbox_kd.student.load import base_id, pick_dtype
 from blackbox_kd.student.render import IGNORE
-from blackbox_kd.student.student import BASE_POLICY, Student, first_kept, logits_from
+from blackbox_kd.student.student import Student, first_kept, logits_from
 from blackbox_kd.types import SamplingParams
+from tests.tiny import TEMPLATE, make_tiny
 
 SAMPLING = SamplingParams(max_completion_length=8)
 
@@ -27,7 +30,8 @@ def test_a_fresh_adapter_changes_nothing(student: Student) -> None:
     ours = student.logprobs([row], batch_size=1)
     with student.model.disable_adapter():
         assert ours == student.logprobs([row], batch_size=1)
-    assert student.policy == BASE_POLICY
+    assert student.policy == student.policy_of(None) != "base:"
+    assert student.policy.startswith("base:")
 
 
 def test_logprobs_are_those_of_the_model(student: Student) -> None:
@@ -104,7 +108,7 @@ def test_saved_and_loaded_it_is_the_same_student(student: Student, tmp_path: Pat
     loaded = [Student(student.config, adapter=tmp_path / name) for name in "ab"]
     row = student.renderer.render([{"role": "user", "content": "Say 1"}], "one")
     assert loaded[0].logprobs([row], batch_size=1) == student.logprobs([row], batch_size=1)
-    assert loaded[0].policy == loaded[1].policy != BASE_POLICY
+    assert loaded[0].policy == loaded[1].policy == student.policy_of(tmp_path / "a") != student.policy
     assert any(p.requires_grad for p in loaded[0].model.parameters())
     with torch.no_grad():
         for name, parameter in student.model.named_parameters():
@@ -144,6 +148,47 @@ def test_lora_that_does_not_fit_is_one_line(tiny_model: Path) -> None:
     config = StudentConfig(model=str(tiny_model), device="cpu", lora=LoraSection(target_modules=["nope"]))
     with pytest.raises(ModelError, match="LoRA on"):
         Student(config)
+
+
+def test_layers_go_with_all_linear_and_the_adapter_loads_again(tiny_model: Path, tmp_path: Path) -> None:
+    lora = LoraSection(layers_to_transform=[1])
+    config = StudentConfig(model=str(tiny_model), device="cpu", lora=lora)
+    student = Student(config)
+    adapted = {name.split(".lora_A")[0] for name, p in student.model.named_parameters() if ".lora_A" in name}
+    names = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {name.rpartition(".")[2] for name in adapted} == names
+    assert len(adapted) == 7
+    assert all(".layers.1." in name for name in adapted)
+    student.save(tmp_path / "a")
+    again = Student(config, adapter=tmp_path / "a")
+    assert again.model.state_dict().keys() == student.model.state_dict().keys()
+
+
+def test_a_layer_that_the_model_does_not_have_is_one_line(tiny_model: Path) -> None:
+    lora = LoraSection(layers_to_transform=[1, 2])
+    with pytest.raises(ModelError, match=r"lora\.layers_to_transform \[1, 2\]: its layers are 0 to 1"):
+        Student(StudentConfig(model=str(tiny_model), device="cpu", lora=lora))
+
+
+def test_a_policy_follows_content_and_not_names(tmp_path: Path, student: Student) -> None:
+    def loaded(name: str, **options: Any) -> Student:
+        return Student(StudentConfig(model=str(make_tiny(tmp_path / name, **options)), device="cpu"))
+
+    one, same, other, spoken = (
+        loaded("a"), loaded("b"), loaded("c", seed=1), loaded("d", template="{{ '' }}" + TEMPLATE),
+    )  # fmt: skip
+    assert one.policy == same.policy
+    assert len({one.policy, other.policy, spoken.policy}) == 3  # weights, chat template
+    one.save(tmp_path / "adapter")
+    assert one.policy_of(tmp_path / "adapter") == same.policy_of(tmp_path / "adapter")
+    assert one.policy_of(tmp_path / "adapter") != other.policy_of(tmp_path / "adapter")
+
+
+def test_a_commit_names_a_model_of_the_hub() -> None:
+    class Hub:
+        config = SimpleNamespace(_commit_hash="abc")
+
+    assert base_id("org/name", Hub()) == "abc"
 
 
 def test_dtype_on_a_cpu_is_float32_unless_named() -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from blackbox_kd.errors import RateLimited, RequestRejected, TeacherError, TeacherRefused, TransientError
+from blackbox_kd.teachers.failures import error_of, retry_after
 from blackbox_kd.teachers.openai import OpenAITeacherConfig
-from blackbox_kd.teachers.wire import Decoder, chat_body, error_of, retry_after
+from blackbox_kd.teachers.wire import CHECKED_REPLIES, Decoder, chat_body, usage_of
 from blackbox_kd.types import Completion, Request, SamplingParams, Usage
 from tests.fakes import chat_reply
 
@@ -195,6 +196,100 @@ def test_empty_logprobs_count_as_none(logprobs: dict[str, Any] | None) -> None:
     assert answer.logprobs is None
 
 
+def bytes_as(value: Any) -> dict[str, Any]:
+    return {"content": [{"token": "Hi", "logprob": -1.0, "bytes": value, "top_logprobs": []}]}
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("value", ["Hi", [-1], [300], [1.5], ["H"], {}, True])
+def test_odd_bytes_are_left_out_and_the_logprobs_kept(value: Any, warm: bool) -> None:
+    decoder = warmed() if warm else Decoder()
+    reply = json.dumps({"choices": [choice("Hi") | {"logprobs": bytes_as(value)}]}).encode()
+    (answer,), _ = decoder.decode(reply, REQUEST, "teacher", 0)
+    assert answer.logprobs is not None
+    assert [(t.token, t.logprob, t.bytes) for t in answer.logprobs] == [("Hi", -1.0, None)]
+    assert decoder.odd == ""
+
+
+def warmed() -> Decoder:
+    """One that leaves bytes out, since they were always those of the text."""
+    decoder = Decoder()
+    for _ in range(CHECKED_REPLIES):
+        decoder.decode(json.dumps(chat_reply("Hi", logprobs=True)).encode(), REQUEST, "teacher", 0)
+    return decoder
+
+
+ODD_LOGPROBS = [
+    '{"content":{}}', '{"content":"Hi"}', '{"content":[null]}', '{"content":["Hi"]}', "[]", "5", '"none"', "true",
+    '{"content":[{"token":"Hi"}]}', '{"content":[{"token":"Hi","logprob":null}]}',
+    '{"content":[{"token":"Hi","logprob":"-1"}]}', '{"content":[{"token":null,"logprob":-1}]}',
+    '{"content":[{"token":"Hi","logprob":-Infinity}]}', '{"content":[{"token":"Hi","logprob":NaN}]}',
+    '{"content":[{"token":"Hi","logprob":-1,"top_logprobs":null}]}',
+    '{"content":[{"token":"Hi","logprob":-1,"top_logprobs":{}}]}',
+    '{"content":[{"token":"Hi","logprob":-1,"id":"7"}]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("odd", ODD_LOGPROBS)
+def test_odd_logprobs_cost_no_text_and_the_reason_is_kept(odd: str, warm: bool) -> None:
+    data = json.dumps(chat_reply("Hi")).replace('"finish_reason"', f'"logprobs": {odd}, "finish_reason"').encode()
+    decoder = warmed() if warm else Decoder()
+    (answer,), usage = decoder.decode(data, REQUEST, "teacher", 0)
+    assert (answer.text, answer.finish_reason, answer.logprobs) == ("Hi", "stop", None)
+    assert usage == answer.usage == usage_of(data) == Usage(prompt_tokens=7, completion_tokens=3)
+    assert decoder.odd
+
+
+def test_half_a_character_in_a_text_is_shown_as_one_that_is_broken() -> None:
+    token = '{"token":"\\ud83d","logprob":-1}'
+    data = '{"choices":[{"message":{"content":"Hi \\ud83d"},"logprobs":{"content":[' + token + "]}}]}"
+    (answer,), _ = decode(data.encode())
+    assert answer.text == "Hi \ufffd\ufffd\ufffd"
+    assert answer.logprobs is not None
+    assert (answer.logprobs[0].token, answer.logprobs[0].logprob) == ("\ufffd\ufffd\ufffd", -1)
+
+
+@pytest.mark.parametrize("one_odd", [None, [], {"content": [{"token": "b", "logprob": None}]}])
+def test_a_choice_with_odd_logprobs_costs_no_other_choice(one_odd: Any) -> None:
+    reply = {"choices": [choice("a") | {"logprobs": bytes_as([72, 105])}, choice("b", 1) | {"logprobs": one_odd}]}
+    (one, other), _ = decode(reply)
+    assert (one.text, other.text, other.logprobs) == ("a", "b", None)
+    assert one.logprobs is not None
+    assert (one.logprobs[0].token, one.logprobs[0].bytes) == ("Hi", [72, 105])
+
+
+def test_togethers_parallel_arrays_are_logprobs() -> None:
+    arrays = {
+        "tokens": ["Hi", "!"], "token_logprobs": [-0.5, -1], "token_ids": [7, 8],
+        "top_logprobs": [{"Hi": -0.5, "Ho": -2.0}, None],
+    }  # fmt: skip
+    (answer,), _ = decode({"choices": [choice("Hi!") | {"logprobs": arrays}]})
+    assert answer.logprobs is not None
+    assert [(t.token, t.logprob, t.id, len(t.top_logprobs)) for t in answer.logprobs] == [
+        ("Hi", -0.5, 7, 2), ("!", -1.0, 8, 0),
+    ]  # fmt: skip
+    assert [(t.token, t.logprob) for t in answer.logprobs[0].top_logprobs] == [("Hi", -0.5), ("Ho", -2.0)]
+    assert not answer.text_bytes
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"tokens": ["Hi", "!"], "token_logprobs": [-0.5]},
+        {"tokens": ["Hi"], "token_logprobs": [None]},
+        {"tokens": "Hi", "token_logprobs": -0.5},
+        {"tokens": ["Hi"], "token_logprobs": [-0.5], "top_logprobs": [{"Hi": None}]},
+        {"tokens": ["Hi"], "token_logprobs": [-0.5], "token_ids": [1, 2]},
+        {"tokens": [], "token_logprobs": [], "text_offset": [], "top_logprobs": None},
+        {"reasoning_content": [{"token": "Hm", "logprob": -1, "bytes": None}], "content": None},
+    ],
+)
+def test_arrays_that_are_not_whole_count_as_none(arrays: dict[str, Any]) -> None:
+    (answer,), _ = decode({"choices": [choice("Hi") | {"logprobs": arrays}]})
+    assert (answer.text, answer.logprobs) == ("Hi", None)
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "status"),
     [
@@ -230,8 +325,7 @@ WHOLE = json.dumps(chat_reply("a long answer")).encode()
         b"", b"null", b"[]", b"42", b"<html>Gateway</html>", b"\xff\xfe\x00", WHOLE[:-1], WHOLE[: len(WHOLE) // 2],
         b"{}", b'{"choices":[]}', b'{"object":"list","data":[]}', b'{"choices":[{"text":"legacy"}]}',
         b'{"choices":[{"message":"Hi"}]}', b'{"choices":{"0":{}}}', b'{"choices":[{"message":{"content":7}}]}',
-        b'{"choices":[{"message":{"content":"\xff"}}]}',
-        b'{"choices":[{"message":{"content":"x"},"logprobs":{"content":[{"token":"x"}]}}]}',
+        b'{"choices":[{"message":{"content":"\xff"}}]}', b"[" * 100_000, b'{"choices":[{"message":' + b'{"a":' * 100_000,
     ],
 )  # fmt: skip
 def test_a_200_that_cannot_be_read_is_worth_asking_again(data: bytes) -> None:
@@ -276,6 +370,30 @@ QUOTA = {"message": "You exceeded your current quota", "type": "insufficient_quo
 )
 def test_an_empty_account_is_refused_for_good_whatever_the_status(status: int, error: Any) -> None:
     assert type(error_of(status, json.dumps({"error": error}).encode(), {"retry-after": "1"})) is TeacherRefused
+
+
+LIMITED = "Rate limit reached for gpt-4o in organization org-1 on tokens per min (TPM): "
+LARGE = "Request too large for gpt-4o in organization org-1 on tokens per min (TPM): "
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        (LARGE + "Limit 30000, Requested 45001. The input or output tokens must be reduced.", RequestRejected),
+        (LARGE + "Limit: 6000, Requested: 7000, please reduce your message size.", RequestRejected),
+        ("Request too large for this tier.", RequestRejected),
+        (LIMITED + "Limit 30000, Used 5, Requested 30001. Please try again in 6s.", RequestRejected),
+        (LIMITED + "Limit 30000, Used 29000, Requested 2000. Please try again in 2s.", RateLimited),
+        (LIMITED + "Limit 30000, Requested 30000.", RateLimited),
+        ("Rate limit reached for requests. Limit: 3 / min. Please try again in 20s.", RateLimited),
+        ("slow down", RateLimited),
+    ],
+)
+def test_a_429_for_more_than_the_whole_limit_will_never_succeed(message: str, kind: type[TeacherError]) -> None:
+    error = {"message": message, "type": "tokens", "param": None, "code": "rate_limit_exceeded"}
+    found = error_of(429, json.dumps({"error": error}).encode(), {"retry-after": "1"})
+    assert (type(found), found.status) == (kind, 429)
+    assert type(error_of(500, json.dumps({"error": error}).encode(), {})) is TransientError
 
 
 def test_a_prompt_about_quotas_that_an_error_echoes_does_not_stop_the_run() -> None:

@@ -63,7 +63,7 @@ CREATE TABLE IF NOT EXISTS completions (
     prompt_id          UUID NOT NULL,         -- the prompt that it answers
     author             VARCHAR NOT NULL,      -- teacher, student or judge
     model              VARCHAR NOT NULL,      -- model asked for
-    policy             VARCHAR,               -- hash of the adapter that wrote it, base without one, NULL for a teacher
+    policy             VARCHAR,               -- hash of base and adapter that wrote it, base:HASH without one, NULL for a teacher
     round              INTEGER NOT NULL,      -- 0 before the on-policy stage, then 1, 2, ...
     text               VARCHAR NOT NULL,      -- the answer
     reasoning          VARCHAR,               -- reasoning text where the endpoint shows it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -13,8 +14,11 @@ from transformers.utils import logging as hf_logging
 
 from blackbox_kd.config import StudentConfig, find_file
 from blackbox_kd.errors import ConfigError, ModelError
-from blackbox_kd.hashing import file_hash
+from blackbox_kd.hashing import content_id, file_hash
 from blackbox_kd.progress import say
+
+MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+"""Weights, config, tokenizer and chat template."""
 
 
 def cache_dir() -> Path:
@@ -80,6 +84,24 @@ def load_base(config: StudentConfig) -> tuple[Any, Any]:
     return model.to(device).eval(), tokenizer
 
 
+def base_id(name: str, model: Any) -> str:
+    """What `student.model` is, whatever its name: its commit on the hub, else a hash of its files."""
+    commit = getattr(model.config, "_commit_hash", None)
+    if commit is not None:
+        return str(commit)
+    path = find_file(name, "student.model")
+    if path.is_file():
+        return _file_hash(path, path.stat().st_mtime_ns)[:32]
+    files = sorted(file for file in path.iterdir() if file.suffix in MODEL_FILES)
+    return content_id([[file.name, _file_hash(file, file.stat().st_mtime_ns)] for file in files])
+
+
+@functools.cache
+def _file_hash(path: Path, changed_at: int) -> str:
+    """Once a process: each checkpoint is evaluated on the same base."""
+    return file_hash(path)
+
+
 def end_ids(model: Any, tokenizer: Any) -> list[int]:
     """Tokens that end an answer, by the model's generation config and its tokenizer."""
     configured = model.generation_config.eos_token_id
@@ -89,7 +111,7 @@ def end_ids(model: Any, tokenizer: Any) -> list[int]:
 
 def _converted(gguf: Path) -> Path:
     """A folder with the safetensors of a GGUF file: loading a GGUF costs half a minute each time."""
-    target = cache_dir() / f"{gguf.stem}-{file_hash(gguf)[:12]}"
+    target = cache_dir() / f"{gguf.stem}-{_file_hash(gguf, gguf.stat().st_mtime_ns)[:12]}"
     if (target / "config.json").exists():
         return target
     say(f"converting {gguf.name} to safetensors, once (into {target})")

@@ -13,21 +13,19 @@ import peft
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
+from transformers.pytorch_utils import Conv1D
 
 from blackbox_kd.align import SoftLabels
-from blackbox_kd.config import StudentConfig
+from blackbox_kd.config import LoraSection, StudentConfig
 from blackbox_kd.errors import AlignmentError, ModelError
-from blackbox_kd.hashing import file_hash
+from blackbox_kd.hashing import content_id, file_hash
 from blackbox_kd.losses import divergence, token_logprobs
 from blackbox_kd.progress import counting
-from blackbox_kd.student.load import end_ids, load_base
+from blackbox_kd.student.load import base_id, end_ids, load_base
 from blackbox_kd.student.render import IGNORE, Rendered, Renderer
 from blackbox_kd.types import SamplingParams
 
 ADAPTER_FILE = "adapter_model.safetensors"
-
-BASE_POLICY = "base"
-"""`policy` of the student before any training."""
 
 
 class TokenScores(NamedTuple):
@@ -40,7 +38,7 @@ class TokenScores(NamedTuple):
 
 
 class Student:
-    """`model` is a peft.PeftModel; `policy` the content hash of the adapter that it was loaded with."""
+    """`model` is a peft.PeftModel; `policy` says whose samples these are, see `policy_of`."""
 
     def __init__(self, config: StudentConfig, adapter: Path | None = None, *, seed: int = 0) -> None:
         """Load the base and `adapter`, or a fresh LoRA (which changes nothing until it is trained).
@@ -51,6 +49,7 @@ class Student:
         """
         self.config = config
         base, tokenizer = load_base(config)
+        self._base_id = base_id(config.model, base)
         self.renderer = Renderer(tokenizer, end_ids(base, tokenizer))
         # What a model ships (repetition penalty, top_k, ...) would make its samples draws from another policy.
         base.generation_config = GenerationConfig()
@@ -60,7 +59,13 @@ class Student:
         except (ValueError, OSError, RuntimeError) as error:
             raise ModelError(f"LoRA on {config.model!r}: {str(error).splitlines()[0]}") from error
         self.model.eval()
-        self.policy = file_hash(adapter / ADAPTER_FILE) if adapter else BASE_POLICY
+        self.policy = self.policy_of(adapter)
+
+    def policy_of(self, adapter: Path | None) -> str:
+        """Hash of the base and of an adapter on it, `base:HASH` without one; the names of both are not in it."""
+        if adapter is None:
+            return f"base:{self._base_id}"
+        return content_id([self._base_id, file_hash(adapter / ADAPTER_FILE)])
 
     @property
     def device(self) -> torch.device:
@@ -157,7 +162,25 @@ def _with_lora(base: Any, config: StudentConfig, adapter: Path | None, seed: int
         if adapter is not None:
             return peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
         torch.manual_seed(seed)
-        return peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump()))
+        return peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **_lora_settings(base, config.lora)))
+
+
+def _lora_settings(base: Any, lora: LoraSection) -> dict[str, Any]:
+    settings = lora.model_dump()
+    if lora.layers_to_transform is not None:
+        layers = base.config.get_text_config().num_hidden_layers
+        if max(lora.layers_to_transform) >= layers:
+            raise ValueError(f"lora.layers_to_transform {lora.layers_to_transform}: its layers are 0 to {layers - 1}")
+        if lora.all_linear:  # which peft does not take together with layers
+            settings["target_modules"] = _linear_names(base)
+    return settings
+
+
+def _linear_names(base: Any) -> list[str]:
+    """Of all linear modules but the head, e.g. [down_proj, gate_proj, ...]."""
+    head = base.get_output_embeddings()
+    linear = (name for name, m in base.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head)
+    return sorted({name.rpartition(".")[2] for name in linear})
 
 
 def _scores(logits_TV: torch.Tensor, targets_T: torch.Tensor, soft: SoftLabels | None) -> TokenScores:

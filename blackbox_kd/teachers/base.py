@@ -68,7 +68,7 @@ class Transport(Protocol):
         """The reply, where it is a 200; `path` is below the base URL.
 
         Raises:
-            TeacherError: by status, see `teachers.wire.error_of`.
+            TeacherError: by status, see `teachers.failures.error_of`.
         """
         ...
 
@@ -98,6 +98,12 @@ class PriceConfig(Section):
         fresh = max(0, usage.prompt_tokens - usage.cached_tokens)
         return (fresh * self.input + usage.cached_tokens * cached + usage.completion_tokens * self.output) / 1e6
 
+    def in_batches(self) -> PriceConfig:
+        """What the Batch API asks."""
+        cached = None if self.cached_input is None else self.cached_input * self.batch_factor
+        prices = {"input": self.input * self.batch_factor, "output": self.output * self.batch_factor}
+        return self.model_copy(update={**prices, "cached_input": cached})
+
 
 class TeacherConfig(Section):
     """Common to all providers; each adds how it is reached."""
@@ -112,7 +118,8 @@ class TeacherConfig(Section):
     timeout_s: float = Field(600.0, gt=0)
     """Seconds for one answer."""
     give_up_s: float = Field(300.0, gt=0)
-    """Seconds of nothing but failures after which a run stops; also the longest pause that a 429 may ask for."""
+    """Seconds of nothing but failures after which a run stops; also the longest pause that a 429 may ask for, and how
+    long one question is asked again that gets nothing but 429s while others are answered."""
     max_retries: int = Field(5, ge=0)
     """Times that a request is asked again after a transient failure; a 429 does not count."""
     require_logprobs: bool = False

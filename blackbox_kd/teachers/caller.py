@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 import uuid
 from collections.abc import Callable
@@ -36,6 +37,8 @@ SAY_WAIT_S = 5.0
 """A pause at the gate that a person should know of."""
 MOST_UNREADABLE = 2
 """Replies to one question."""
+MOST_PASSED_OVER = 4
+"""429s to one question, others being answered between them; with more it is the question: it slows down, and ends."""
 DETAIL_CHARS = 4000
 """Of a reply that cannot be read: it may have been paid for."""
 
@@ -100,24 +103,17 @@ class Caller:
     async def _call_again(self, asking: _Asking, first: TeacherError) -> list[Completion]:
         """After a failure: tenacity costs as much as a tenth of a call, and most calls need it not."""
         failures: list[TeacherError] = [first]
-        transient = unreadable = 0
+        patience = _Patience(self, asking.max_retries, self._config.give_up_s)
 
         async def attempt() -> list[Completion]:
             if failures:
                 raise failures.pop()
             return await self._call_once(asking)
 
-        def spent(state: tenacity.RetryCallState) -> bool:
-            nonlocal transient, unreadable
-            error = _error_of(state)
-            transient += not isinstance(error, RateLimited)
-            unreadable += isinstance(error, TransientError) and error.status == 200  # and may have been paid for
-            return transient > asking.max_retries or unreadable > MOST_UNREADABLE
-
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type((TransientError, RateLimited)),
-            stop=spent,
-            wait=_wait_s,
+            stop=patience.is_over,
+            wait=patience.wait_s,
             sleep=asking.work.sleep,
             reraise=True,
         )
@@ -209,17 +205,42 @@ class Caller:
                 raise TeacherUnreachable(f"the teacher is away for longer than teacher.give_up_s: {failure}")
 
 
+class _Patience:
+    """How often one question is asked again, and after which wait."""
+
+    def __init__(self, caller: Caller, max_retries: int, give_up_s: float) -> None:
+        self._caller, self._max_retries, self._give_up_s = caller, max_retries, give_up_s
+        self._longest_s = give_up_s / 10  # from one asking to the next
+        self._since = time.monotonic()
+        self._answered = caller.answered  # at its last 429
+        self._transient = self._unreadable = self._passed_over = 0
+
+    def is_over(self, state: tenacity.RetryCallState) -> bool:
+        """Count the failure; whether it was one too many."""
+        error = _error_of(state)
+        if isinstance(error, RateLimited):
+            self._passed_over += self._caller.answered > self._answered
+            self._answered = self._caller.answered
+            return self._is_alone and time.monotonic() - self._since + self._longest_s > self._give_up_s
+        self._transient += 1
+        self._unreadable += isinstance(error, TransientError) and error.status == 200  # and may have been paid for
+        return self._transient > self._max_retries or self._unreadable > MOST_UNREADABLE
+
+    def wait_s(self, state: tenacity.RetryCallState) -> float:
+        """Backoff with full jitter; after a 429 the limiter holds everybody."""
+        error = _error_of(state)
+        if isinstance(error, RateLimited):
+            return random.uniform(0, self._longest_s) if self._is_alone else 0.0
+        backoff = tenacity.wait_random_exponential(multiplier=0.25, max=20)(state)
+        return max(backoff, getattr(error, "retry_after_s", None) or 0.0)
+
+    @property
+    def _is_alone(self) -> bool:
+        return self._passed_over > MOST_PASSED_OVER
+
+
 def _error_of(state: tenacity.RetryCallState) -> BaseException | None:
     return state.outcome.exception() if state.outcome else None
-
-
-def _wait_s(state: tenacity.RetryCallState) -> float:
-    """Backoff with full jitter; after a 429 the limiter holds everybody."""
-    error = _error_of(state)
-    if isinstance(error, RateLimited):
-        return 0.0
-    backoff = tenacity.wait_random_exponential(multiplier=0.25, max=20)(state)
-    return max(backoff, getattr(error, "retry_after_s", None) or 0.0)
 
 
 def _failed(error: BaseException) -> dict[str, Any]:

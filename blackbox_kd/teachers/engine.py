@@ -16,13 +16,13 @@ from blackbox_kd.corpus import Corpus
 from blackbox_kd.corpus.claims import Claims
 from blackbox_kd.corpus.connection import still_wanted
 from blackbox_kd.corpus.writer import Writer
-from blackbox_kd.errors import TeacherRefused
 from blackbox_kd.progress import counting, say
 from blackbox_kd.teachers.base import Reply, TeacherConfig
 from blackbox_kd.teachers.batch.ledger import Ledger
 from blackbox_kd.teachers.budget import Budget, BudgetConfig
 from blackbox_kd.teachers.caller import Caller
 from blackbox_kd.teachers.live import Pulse
+from blackbox_kd.teachers.missing import MissingLogprobs
 from blackbox_kd.teachers.prices import price_of
 from blackbox_kd.teachers.wire import Decoder, usage_of
 from blackbox_kd.teachers.work import Work
@@ -32,8 +32,6 @@ CHUNK = 2048
 """Questions that are looked up in the corpus at once; no more of them are held in memory."""
 DYING_S = 0.1
 """A process that is killed lets go of its claims, and a moment later of its journal."""
-MISSING_TO_STOP = 3
-"""Answers in a row without the logprobs that `teacher.require_logprobs` insists on."""
 
 
 class Engine:
@@ -52,7 +50,7 @@ class Engine:
         ConfigError: a cap that cannot be kept, see `Budget`.
         """
         self._config, self._corpus, self._run_id, self._author = config, corpus, run_id, author
-        self._run_dir = run_dir
+        self.run_dir = run_dir
         self.budget = Budget(caps or BudgetConfig(), price_of(config))
         self.caller = Caller(config, run_id, self.budget)
         self._decoder = Decoder()
@@ -60,8 +58,8 @@ class Engine:
         self._connecting = asyncio.Lock()
         self._open: list[Work] = []
         self._in_batches: set[str] = set()
-        self.asked = self.cached = self.missing_logprobs = 0
-        self._missing_in_a_row = 0
+        self.asked = self.cached = 0
+        self.missing = MissingLogprobs(config.require_logprobs)
 
     async def __aenter__(self) -> Engine:
         return self
@@ -150,7 +148,7 @@ class Engine:
                 self._produce(work, requests, writer, claims, known),
                 lambda request: self._ask(request, work, writer, round_),
             )
-            beating = Pulse(work, self.caller, self.budget, progress, self._run_id, self._run_dir, self._corpus.journal)
+            beating = Pulse(work, self.caller, self.budget, progress, self._run_id, self.run_dir, self._corpus.journal)
             async with beating:
                 try:
                     async for completions in work.results():
@@ -225,22 +223,6 @@ class Engine:
 
         completions = await self.caller.call(request, work, writer, read)
         self.asked += 1
-        self._count_missing_logprobs(request, completions)
+        self.missing.note(request, completions, self._decoder.odd)
+        self.missing.check()
         return completions
-
-    def _count_missing_logprobs(self, request: Request, completions: list[Completion]) -> None:
-        """Raises:
-        TeacherRefused: they are required, and do not come.
-        """
-        if not request.body.get("logprobs"):
-            return
-        missing = any(c.text and not c.logprobs for c in completions)
-        self._missing_in_a_row = self._missing_in_a_row + 1 if missing else 0
-        self.missing_logprobs += missing
-        if missing and self.missing_logprobs == 1:
-            say(f"{request.model} was asked for logprobs and gave none; the text is kept, soft labels will lack")
-        if self._config.require_logprobs and self._missing_in_a_row >= MISSING_TO_STOP:
-            raise TeacherRefused(
-                f"{request.model} gave no logprobs {self._missing_in_a_row} times in a row, and "
-                "teacher.require_logprobs is set: ask another endpoint, or unset it to collect text"
-            )

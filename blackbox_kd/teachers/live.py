@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Self
 
 from blackbox_kd.corpus.heartbeat import Heartbeat, write_heartbeat
 from blackbox_kd.progress import Counter
@@ -20,30 +20,41 @@ ERROR_CHARS = 60
 """Of the last error, in the live line."""
 
 
-class Pulse:
-    """Use as an async context manager around the asking."""
+class Beat:
+    """Writes a heartbeat now and then, and a last one at the end; use as an async context manager."""
 
-    def __init__(
-        self, work: Work, caller: Caller, budget: Budget, progress: Counter, run_id: str, run_dir: Path | None, to: Path
-    ) -> None:
-        """`to` is the folder of heartbeats."""
-        self._work, self._caller, self._budget, self._progress = work, caller, budget, progress
-        self._run_id, self._run_dir, self._to = run_id, run_dir, to
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._started_at = time.time()
 
-    async def __aenter__(self) -> Pulse:
+    async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._beat())
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         self._task.cancel()
-        write_heartbeat(self._to, self._heartbeat("ended"))
+        write_heartbeat(self._folder, self.heartbeat(ended=True))
 
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(PULSE_S)
-            self._progress.at(self._work.done, self._line())
-            write_heartbeat(self._to, self._heartbeat("draining" if self._work.stopped else "running"))
+            write_heartbeat(self._folder, self.heartbeat())
+
+    def heartbeat(self, *, ended: bool = False) -> Heartbeat:
+        """How it stands."""
+        raise NotImplementedError
+
+
+class Pulse(Beat):
+    """Around the asking: also keeps the live line up to date."""
+
+    def __init__(
+        self, work: Work, caller: Caller, budget: Budget, progress: Counter, run_id: str, run_dir: Path | None, to: Path
+    ) -> None:
+        """`to` is the folder of heartbeats."""
+        super().__init__(to)
+        self._work, self._caller, self._budget, self._progress = work, caller, budget, progress
+        self._run_id, self._run_dir = run_id, run_dir
 
     def _line(self) -> str:
         limiter = self._caller.limiter
@@ -68,8 +79,11 @@ class Pulse:
         rate = self._caller.limiter.rate()
         return (self._work.total - self._work.done) / rate if rate and self._work.total is not None else None
 
-    def _heartbeat(self, state: Literal["running", "draining", "ended"]) -> Heartbeat:
+    def heartbeat(self, *, ended: bool = False) -> Heartbeat:
+        """Of the calls."""
         limiter, work, budget = self._caller.limiter, self._work, self._budget
+        if not ended:
+            self._progress.at(work.done, self._line())
         return Heartbeat(
             run_id=self._run_id,
             run_dir=str(self._run_dir or ""),
@@ -92,5 +106,5 @@ class Pulse:
             last_error=self._caller.last_error or None,
             started_at=self._started_at,
             updated_at=time.time(),
-            state=state,
+            state="ended" if ended else "draining" if work.stopped else "running",
         )

@@ -18,13 +18,31 @@ TOLERANCE_NATS = 0.05
 
 
 def chat_tokens(choice: Any) -> list[TokenLogprob]:
-    """`logprobs.content[]` of a choice, as the chat API has it."""
-    return _entries(items(get(choice, "logprobs"), "content"))
+    """`logprobs.content[]` of a choice, as the chat API has it, or Together's arrays in its place."""
+    shown = get(choice, "logprobs")
+    return _entries(items(shown, "content")) or array_tokens(shown)
 
 
 def choice_tokens(choice: Any) -> list[TokenLogprob]:
     """A choice's tokens in either shape: `content[]`, or the parallel arrays of the older completions API."""
     return chat_tokens(choice) or _arrays(get(choice, "logprobs"))
+
+
+def array_tokens(logprobs: Any) -> list[TokenLogprob]:
+    """Parallel arrays with their alternatives (`{text: logprob}` a token); none where they are not whole."""
+    tokens, values = items(logprobs, "tokens"), items(logprobs, "token_logprobs")
+    ids, tops = (items(logprobs, name) or [None] * len(tokens) for name in ("token_ids", "top_logprobs"))
+    if not len(tokens) == len(values) == len(ids) == len(tops):
+        return []
+    return _entries([
+        {"token": token, "logprob": value, "id": id_, "top_logprobs": _alternatives(top)}
+        for token, value, id_, top in zip(tokens, values, ids, tops, strict=True)
+    ])  # fmt: skip
+
+
+def _alternatives(top: Any) -> list[Any]:
+    pairs = top.items() if isinstance(top, dict) else ()
+    return [{"token": text, "logprob": value} for text, value in pairs]
 
 
 def echoed_tokens(reply: Any) -> list[TokenLogprob]:

@@ -17,8 +17,8 @@ import openai
 
 from blackbox_kd.errors import ConfigError
 from blackbox_kd.teachers.base import Reply
+from blackbox_kd.teachers.failures import error_of
 from blackbox_kd.teachers.transport import Mask, list_models, no_answer
-from blackbox_kd.teachers.wire import error_of
 
 T = TypeVar("T")
 

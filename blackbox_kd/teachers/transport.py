@@ -14,7 +14,7 @@ from yarl import URL
 
 from blackbox_kd.errors import TeacherRefused, TeacherUnreachable, TransientError
 from blackbox_kd.teachers.base import Reply
-from blackbox_kd.teachers.wire import error_of
+from blackbox_kd.teachers.failures import error_of
 
 if TYPE_CHECKING:  # half a second, and only needed once there is something to ask
     import openai

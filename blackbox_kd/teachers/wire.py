@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import email.utils
-import math
-import time
-from collections.abc import Mapping
+import json
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from blackbox_kd.errors import RateLimited, RequestRejected, TeacherError, TeacherRefused, TransientError
+from blackbox_kd.errors import TeacherError, TransientError
 from blackbox_kd.teachers.base import TeacherConfig
+from blackbox_kd.teachers.failures import error_of
+from blackbox_kd.teachers.scores import array_tokens
 from blackbox_kd.types import Author, Completion, Message, Request, SamplingParams, TokenLogprob, TopLogprob, Usage
-
-QUOTA_CODES = (
-    "insufficient_quota",
-    "billing_hard_limit_reached",
-    "insufficient_credits",
-    "credit_balance_too_low",
-)
-"""429s (or 402s) that no waiting cures."""
 
 
 def chat_body(
@@ -53,6 +45,7 @@ class _Message(msgspec.Struct):
 
 
 Token = TypeVar("Token")
+Shown = TypeVar("Shown")
 
 
 class _LeanTop(TopLogprob, frozen=True, kw_only=True, omit_defaults=True, gc=False, rename={"bytes": "-"}):
@@ -77,14 +70,20 @@ class _BytesToken(_BytesTop, gc=False):
 
 
 class _Logprobs(msgspec.Struct, Generic[Token]):
+    """`content`, or Together's parallel arrays."""
+
     content: list[Token] | None = None
+    tokens: Any = None
+    token_ids: Any = None
+    token_logprobs: Any = None
+    top_logprobs: Any = None
 
 
-class _Choice(msgspec.Struct, Generic[Token]):
+class _Choice(msgspec.Struct, Generic[Shown]):
     message: _Message
     index: int = 0
     finish_reason: str | None = None
-    logprobs: _Logprobs[Token] | None = None
+    logprobs: Shown | None = None
 
 
 class _PromptDetails(msgspec.Struct):
@@ -102,18 +101,21 @@ class _Usage(msgspec.Struct):
     completion_tokens_details: _CompletionDetails | None = None
 
 
-class _Reply(msgspec.Struct, Generic[Token]):
-    choices: list[_Choice[Token]] | None = None
+class _Reply(msgspec.Struct, Generic[Shown]):
+    choices: list[_Choice[Shown]] | None = None
     model: str | None = None
     system_fingerprint: str | None = None
     usage: _Usage | None = None
     error: Any = None
 
 
-_whole = msgspec.json.Decoder(_Reply[TokenLogprob])
-_lean = msgspec.json.Decoder(_Reply[_LeanToken])
-_bytes = msgspec.json.Decoder(_Reply[_BytesToken])
+_whole = msgspec.json.Decoder(_Reply[_Logprobs[TokenLogprob]])
+_lean = msgspec.json.Decoder(_Reply[_Logprobs[_LeanToken]])
+_bytes = msgspec.json.Decoder(_Reply[_Logprobs[_BytesToken]])
+_bare = msgspec.json.Decoder(_Reply[Any])
+"""Whatever stands where logprobs should."""
 
+UNREADABLE = (ValueError, RecursionError)
 CHECKED_REPLIES = 8
 """Replies whose token bytes must be those of the text before they are taken to be so ever after."""
 _CUT = (b"\xef\xbf\xbd", b"\\ufffd", b"\\uFFFD", b"\\\\x")
@@ -135,9 +137,13 @@ class Decoder:
     def __init__(self) -> None:
         self._checked = 0
         self._as_text = True
+        self.odd = ""
+        """Why the logprobs of a reply, the first of this kind, could not be read."""
 
     def decode(self, data: bytes, request: Request, author: Author, round_: int) -> tuple[list[Completion], Usage]:
         """The answers in the body of a 200 reply; usage stands on the first of them.
+
+        Odd logprobs cost no text: what of them cannot be read is left out.
 
         Raises:
             TransientError: no JSON, the wrong shape, or no choice in it.
@@ -146,8 +152,8 @@ class Decoder:
         lean = self._as_text and self._checked >= CHECKED_REPLIES
         try:
             reply = self._read(data, lean)
-        except ValueError as error:  # no JSON, no UTF-8, the wrong shape, bytes that are none
-            raise _unreadable(f"a 200 that cannot be read ({error}): {data[:80]!r}", data) from error
+        except UNREADABLE as error:  # no JSON, no UTF-8, the wrong shape, bytes that are none
+            reply, lean = self._salvage(data, error), False
         if not reply.choices:
             raise _no_choices(reply, data)
         return _completions(reply, reply.choices, request, author, round_, text_bytes=lean), _usage(reply.usage)
@@ -160,7 +166,26 @@ class Decoder:
             self._check(reply.choices or [])
         return reply
 
-    def _check(self, choices: list[_Choice[TokenLogprob]]) -> None:
+    def _salvage(self, data: bytes, error: Exception) -> _Reply[Any]:
+        """What can be read: of each choice its logprobs without bytes, or none, where they are odd.
+
+        Raises:
+            TransientError: it is not the logprobs that are odd.
+        """
+        try:
+            reply = _bare.decode(_strict(data))
+        except UNREADABLE:
+            raise _unreadable(f"a 200 that cannot be read ({error}): {data[:80]!r}", data) from error
+        for choice in reply.choices or []:
+            given, choice.logprobs = choice.logprobs, None
+            for token in (_LeanToken, TokenLogprob):  # the last that fits
+                with suppress(ValueError):
+                    choice.logprobs = msgspec.convert(given, _Logprobs[token] | None)  # type: ignore[valid-type]
+            if given is not None and choice.logprobs is None:
+                self.odd = self.odd or str(error)
+        return reply
+
+    def _check(self, choices: list[_Choice[_Logprobs[TokenLogprob]]]) -> None:
         shown = [top for choice in choices for token in _content(choice) for top in (token, *token.top_logprobs)]
         self._checked += bool(shown)
         self._as_text = all(
@@ -168,11 +193,24 @@ class Decoder:
         )
 
 
-def _content(choice: _Choice[Token]) -> list[Token]:
+def _strict(data: bytes) -> bytes:
+    """JSON as everybody reads it: no NaN or infinity, which become null, and no halves of characters."""
+    value = json.loads(data, parse_constant=lambda _: None)
+    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return text.decode("utf-8", "replace").encode()
+
+
+def _content(choice: _Choice[_Logprobs[Token]]) -> list[Token]:
     return (choice.logprobs.content if choice.logprobs else None) or []
 
 
-def _add_bytes(choices: list[_Choice[Any]], with_bytes: list[_Choice[_BytesToken]]) -> None:
+def _tokens(choice: _Choice[Any]) -> list[TokenLogprob] | None:
+    if not isinstance(choice.logprobs, _Logprobs):
+        return None
+    return _content(choice) or array_tokens(msgspec.structs.asdict(choice.logprobs)) or None
+
+
+def _add_bytes(choices: list[_Choice[Any]], with_bytes: list[_Choice[_Logprobs[_BytesToken]]]) -> None:
     """Put the bytes of those tokens back that may not be a whole text."""
     for choice, other in zip(choices, with_bytes, strict=True):
         tokens = _content(choice)
@@ -228,7 +266,7 @@ def _completions(
             served_model=reply.model,
             system_fingerprint=reply.system_fingerprint,
             usage=_usage(reply.usage) if position == 0 else Usage(),
-            logprobs=_content(choice) or None,
+            logprobs=_tokens(choice),
             text_bytes=text_bytes,
         )
         for position, choice in enumerate(choices)
@@ -238,8 +276,8 @@ def _completions(
 def usage_of(data: bytes) -> Usage:
     """What a 200 says that it cost; nothing where it cannot be read."""
     try:
-        return _usage(_lean.decode(data).usage)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        return _usage(_bare.decode(_strict(data)).usage)
+    except UNREADABLE:
         return Usage()
 
 
@@ -274,54 +312,3 @@ def _usage(usage: _Usage | None) -> Usage:
         cached_tokens=(prompt.cached_tokens if prompt else None) or 0,
         reasoning_tokens=(completion.reasoning_tokens if completion else None) or 0,
     )
-
-
-def error_of(status: int, data: bytes, headers: Mapping[str, str]) -> TeacherError:
-    """The exception for a reply that is no answer."""
-    error = _classify(status, data, headers)
-    error.headers, error.server_request_id = headers, headers.get("x-request-id")
-    return error
-
-
-def _classify(status: int, data: bytes, headers: Mapping[str, str]) -> TeacherError:
-    said, codes = _error_text(data)
-    message = f"HTTP {status}: {said}"
-    if status in (401, 402, 403) or not codes.isdisjoint(QUOTA_CODES):
-        return TeacherRefused(f"the teacher refuses for good, {message}", status=status)
-    if status == 429:
-        return RateLimited(message, status=status, retry_after_s=retry_after(headers))
-    if status in (408, 409, 425) or status >= 500:
-        return TransientError(message, status=status, retry_after_s=retry_after(headers))
-    return RequestRejected(message, status=status)
-
-
-def _error_text(data: bytes) -> tuple[str, set[str]]:
-    """What the body says, in whichever of the shapes that servers use (about 300 characters), and its codes."""
-    try:
-        value = msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        value = data.decode("utf-8", "replace")
-    codes: list[str] = []
-    if isinstance(value, dict):
-        value = value.get("error") or value.get("detail") or value.get("message") or value
-    if isinstance(value, dict) and "message" in value:
-        codes = [str(value[key]) for key in ("code", "type") if value.get(key)]
-        value = value["message"]
-    text = " ".join(str(value).split())[:300]
-    return (f"{text} ({codes[0]})" if codes else text), {text, *codes}
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait, from `retry-after-ms` or `retry-after` (seconds or an HTTP date, RFC 9110 10.2.3)."""
-    for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-        try:
-            seconds = float(headers.get(name, "")) * scale
-        except ValueError:
-            continue
-        if math.isfinite(seconds):
-            return max(0.0, seconds)
-    try:
-        date = email.utils.parsedate_to_datetime(headers.get("retry-after", ""))
-        return max(0.0, date.timestamp() - time.time())
-    except (ValueError, OverflowError):
-        return None

@@ -13,7 +13,9 @@ from blackbox_kd.progress import say
 from blackbox_kd.teachers.base import TeacherConfig
 from blackbox_kd.teachers.batch.collect import Collector
 from blackbox_kd.teachers.batch.ledger import Batch, Ledger
+from blackbox_kd.teachers.batch.pulse import BatchPulse
 from blackbox_kd.teachers.batch.submit import Packer, Submitter
+from blackbox_kd.teachers.batch.tally import Tally
 from blackbox_kd.teachers.engine import Engine
 from blackbox_kd.types import Completion, Request
 
@@ -54,10 +56,13 @@ class Batches:
                     return
                 sdk = await stack.enter_async_context(self._config.open_sdk())
                 waiting = _at(str(sdk.client.base_url), waiting)
+                tally, total = Tally(self._engine.missing), sum(len(batch.keys) for batch in waiting)
+                pulse = BatchPulse(tally, self._engine, self._corpus, self._run_id, description, total)
+                await stack.enter_async_context(pulse)
                 submitter = Submitter(sdk, self._corpus, self._ledger, self._config.max_retries)
                 for batch in waiting:
                     await submitter.submit(batch)
-            collector = Collector(sdk, self._corpus, self._ledger, self._config, self._sample.batch_poll_s)
+            collector = Collector(sdk, self._corpus, self._ledger, tally, self._config, self._sample.batch_poll_s)
             async with aclosing(collector.collect(waiting, description)) as completions:
                 async for completion in completions:
                     yield completion

@@ -30,6 +30,7 @@ from blackbox_kd.teachers.batch.submit import retrying
 from blackbox_kd.teachers.batch.tally import Tally
 from blackbox_kd.teachers.prices import price_of
 from blackbox_kd.teachers.sdk import SdkTransport
+from blackbox_kd.teachers.wire import Decoder
 from blackbox_kd.types import Completion, Request
 
 State = openai.types.Batch
@@ -44,11 +45,14 @@ INGEST_CHUNK = 256
 class Collector:
     """Looks now and then, and ingests what has ended."""
 
-    def __init__(self, sdk: SdkTransport, corpus: Corpus, ledger: Ledger, config: TeacherConfig, poll_s: float) -> None:
+    def __init__(
+        self, sdk: SdkTransport, corpus: Corpus, ledger: Ledger, tally: Tally, config: TeacherConfig, poll_s: float
+    ) -> None:
         self._sdk, self._corpus, self._ledger, self._price = sdk, corpus, ledger, price_of(config)
+        self._decoder = Decoder()
         self._retrying = retrying(config.max_retries)
         self._poll_s = poll_s
-        self._tally = Tally()
+        self._tally = tally
         self._heard = time.monotonic()  # the provider's last word
 
     async def collect(self, waiting: list[Batch], description: str) -> AsyncGenerator[Completion, None]:
@@ -61,8 +65,10 @@ class Collector:
         with counting(description, sum(len(b.keys) for b in waiting)) as progress, _parting_words(waiting):
             while waiting:
                 looked = [(batch, await self._look(batch)) for batch in waiting]
-                done = ended + sum(_done(state) for _, state in looked)
-                progress.advance(max(0, done - progress.done), _note(looked))
+                tally = self._tally
+                tally.done = max(tally.done, ended + sum(_done(state) for _, state in looked))
+                tally.states = _note(looked)
+                progress.at(tally.done, tally.states)
                 for batch, state in looked:
                     if state is not None and state.status in ENDED:
                         async for completion in self._ingest(batch, state):
@@ -103,6 +109,7 @@ class Collector:
                 for record in chunk:
                     for completion in record.completions:
                         yield completion
+                await asyncio.sleep(0)  # for the heart to beat
             self._ledger.forget(batch)
             self._tally.end(batch, state, before)
 
@@ -136,8 +143,8 @@ class Collector:
                 else:
                     seen.add(line.custom_id)
                     request = requests[line.custom_id]
-                    record = answered(line, request, batch, self._price)
-                    self._tally.count(record, request)
+                    record = answered(line, request, batch, self._price, self._decoder)
+                    self._tally.count(record, request, self._decoder.odd)
                     yield record
 
 

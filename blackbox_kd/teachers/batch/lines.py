@@ -13,7 +13,8 @@ from blackbox_kd.errors import RequestRejected, TeacherError, TransientError
 from blackbox_kd.hashing import content_id
 from blackbox_kd.teachers.base import PriceConfig
 from blackbox_kd.teachers.batch.ledger import Batch
-from blackbox_kd.teachers.wire import Decoder, error_of
+from blackbox_kd.teachers.failures import error_of
+from blackbox_kd.teachers.wire import Decoder
 from blackbox_kd.types import Attempt, Completion, Request, Usage, scorer
 
 ENDPOINT: Literal["/v1/chat/completions"] = "/v1/chat/completions"
@@ -75,7 +76,7 @@ def _line(raw: bytes) -> Line | str:
         return f"{raw[:80]!r} ({error})"
 
 
-def answered(line: Line, request: Request, batch: Batch, price: PriceConfig | None) -> Answered:
+def answered(line: Line, request: Request, batch: Batch, price: PriceConfig | None, decoder: Decoder) -> Answered:
     """The journal's record of a line. Its ids follow from batch and question: read twice, it is stored once."""
     outcome: dict[str, Any] = {"status": None, "billed": False}
     completions: list[Completion] = []
@@ -83,7 +84,7 @@ def answered(line: Line, request: Request, batch: Batch, price: PriceConfig | No
     try:
         data = line.reply()
         outcome = {"status": 200, "billed": None}
-        completions, usage = Decoder().decode(data, request, "teacher", 0)
+        completions, usage = decoder.decode(data, request, "teacher", 0)
         outcome |= {"billed": True, "usage": usage, "cost_usd": _cost(usage, price)}
     except TeacherError as error:
         outcome |= {"status": error.status, "error": str(error)}

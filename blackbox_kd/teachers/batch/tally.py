@@ -8,6 +8,8 @@ from blackbox_kd.corpus.journal import Answered
 from blackbox_kd.errors import TeacherRefused, TeacherUnreachable
 from blackbox_kd.progress import say
 from blackbox_kd.teachers.batch.ledger import Batch
+from blackbox_kd.teachers.budget import Amount
+from blackbox_kd.teachers.missing import MissingLogprobs
 from blackbox_kd.types import Request
 
 SHOWN = 3
@@ -17,21 +19,28 @@ SHOWN = 3
 class Tally:
     """One for all batches that are waited for."""
 
-    def __init__(self) -> None:
+    def __init__(self, missing: MissingLogprobs) -> None:
+        self._missing = missing
         self.answered = self.rejected = self.pending = self.odd = 0
+        self.done = 0
+        """Answered or rejected at the provider, as of the last look."""
+        self.states = ""
+        """Of the batches, then."""
+        self.spent = Amount()
+        """On what is read."""
         self.last_failure = ""
         self.failed: list[str] = []
-        self.missing_logprobs = False
 
-    def count(self, record: Answered, request: Request) -> None:
-        """One line."""
+    def count(self, record: Answered, request: Request, odd: str) -> None:
+        """One line; `odd`: see `MissingLogprobs.note`."""
         self.answered += bool(record.completions)
         self.rejected += record.dead_letter
         self.last_failure = record.attempt.error or self.last_failure
-        bare = any(c.text and not c.logprobs for c in record.completions)
-        if request.body.get("logprobs") and bare and not self.missing_logprobs:
-            self.missing_logprobs = True
-            say(f"{request.model} was asked for logprobs and gave none; the text is kept, soft labels will lack")
+        attempt = record.attempt
+        used = attempt.usage.prompt_tokens + attempt.usage.completion_tokens
+        self.spent += Amount(attempt.cost_usd or 0.0, used, int(attempt.billed is not False))
+        if record.completions:
+            self._missing.note(request, record.completions, odd)
 
     def surprise(self, batch: Batch, what: str) -> None:
         """A line that belongs to no question, or to one that has its answer; it is shown and left out."""
@@ -56,7 +65,7 @@ class Tally:
         """The end of the stage.
 
         Raises:
-            TeacherRefused: a batch as a whole or every question was not accepted.
+            TeacherRefused: a batch as a whole or every question was not accepted, or required logprobs did not come.
             TeacherUnreachable: there are questions, and not one answer.
         """
         if self.odd > SHOWN:
@@ -69,3 +78,4 @@ class Tally:
             )
         if not self.answered and self.rejected:
             raise TeacherRefused(f"all {self.rejected} requests were rejected, the last with: {self.last_failure}")
+        self._missing.check(at_end=True)
