@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 VLLM   := .venv-vllm
 
-.PHONY: setup quickstart test test-fast test-vllm lint bench bench-collect clean
+.PHONY: setup quickstart test test-fast test-vllm lint bench bench-collect bench-losses clean
 
 setup: $(STAMP)
 
@@ -60,6 +60,10 @@ bench: setup
 bench-collect: setup
 	$(BIN)/python benchmarks/collect.py --json > benchmarks/results/collect.json
 	$(BIN)/python benchmarks/kill.py --kills 200 --json > benchmarks/results/kill.json
+
+# the losses beside F.cross_entropy, and aligning: about 5 minutes
+bench-losses: setup
+	$(BIN)/python benchmarks/losses.py --json > benchmarks/results/losses.json
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -28,12 +28,12 @@ def test_policy_gradient_of_worked_numbers(
 ) -> None:
     logits_BTV = torch.zeros(1, 1, 2, requires_grad=True)
     old = torch.tensor([[0.25]]).log()
-    out = policy_gradient(logits_BTV, torch.tensor([[1]]), old, advantage * ONE, ONE, clip=clip, normalizer=2)
+    out = policy_gradient(logits_BTV, torch.tensor([[1]]), old, advantage * ONE, ONE / 2, clip=clip, normalizer=2)
     out.loss.backward()
-    assert 2 * out.loss.item() == pytest.approx(loss)
+    assert 4 * out.loss.item() == pytest.approx(loss)
     assert logits_BTV.grad is not None
-    assert 2 * logits_BTV.grad[0, 0, 1].item() == pytest.approx(gradient)
-    # k3: 2 - 1 - log 2
+    assert 4 * logits_BTV.grad[0, 0, 1].item() == pytest.approx(gradient)
+    # metrics know no weights; 2 - 1 - log 2 = 0.306853
     assert out.metrics == pytest.approx({"ratio": 1.0, "clipped": clipped / 2, "old_kl": 0.306853 / 2}, abs=1e-6)
 
 

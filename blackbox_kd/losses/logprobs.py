@@ -20,8 +20,8 @@ Rows = tuple[torch.Tensor, ...]
 CHUNK = {"cpu": 2**20}
 """Logits worked on at once, by device type: a CPU is fastest inside its cache."""
 
-CHUNK_ELSEWHERE = 2**26
-"""An accelerator wants few, large kernels; 256 MB in float32."""
+CHUNK_ELSEWHERE = 2**24
+"""An accelerator wants few, large kernels; 64 MB in float32."""
 
 
 def token_logprobs(
