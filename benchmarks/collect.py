@@ -11,6 +11,8 @@ Loopback on shared cores: trust ratios and CPU more than absolute rates. Arms al
   share_of_ideal_512                 512 in flight at 0.5 s: answers/s over 1024/s, from the first fifth of 10,000 (the
                                      slow start) to the last row in DuckDB
   bytes_per_token_top20              of a compacted corpus of real answers, see storage.py
+  calls_added_prompt, calls_renamed  calls of `sample` after one prompt more than 10,000 that are done; after another
+                                     base_url, run directory and template name, see again.py
   sql_seconds                        mean sampled logprob of 10,000 answers x 200 tokens, file opened for it
 """
 
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from again import calls_again
 from arms import Job, Measured, measure
 from servers import Options, server
 from storage import bytes_per_token, sql_seconds
@@ -120,6 +123,13 @@ def queried(scale: float, _: int, out: Path) -> Part:
     return {"sql_seconds": seconds, "raw": {}}
 
 
+def again(scale: float, _: int, __: Path) -> Part:
+    """What is asked once more."""
+    found: Part = dict(calls_again(max(10, round(10_000 * scale))))
+    _say(f"calls for one more prompt: {found['calls_added_prompt']}, after renaming: {found['calls_renamed']}")
+    return found | {"raw": {}}
+
+
 PARTS: dict[str, Callable[[float, int, Path], Part]] = {
     "small": small,
     "large": large,
@@ -127,6 +137,7 @@ PARTS: dict[str, Callable[[float, int, Path], Part]] = {
     "wide": wide,
     "stored": stored,
     "queried": queried,
+    "again": again,
 }
 
 

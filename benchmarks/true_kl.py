@@ -8,8 +8,8 @@ student to it is known, over the whole vocabulary, on the held-out temperature-1
                  that same distribution
   bound_holds    tail_kl <= true_kl at each of them;  same_ranking: both order all checkpoints alike
   server         how far the numbers of the llama.cpp server (quantised activations) are from those in-process
-  arms           sft with soft labels beside sft without: the same answers, steps, batches, initial adapter. Seeds draw
-                 other train prompts. The difference has a hierarchical paired-bootstrap interval over seeds and prompts.
+  arms           sft with soft labels beside sft without: the same answers, steps, batches, initial adapter; each seed
+                 has other train prompts. Their difference with a hierarchical bootstrap interval over seeds and prompts.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, nargs="+", default=[12, 24, 36], help="optimiser steps to measure at")
+    parser.add_argument("--steps", type=int, nargs="+", default=[12, 24], help="optimiser steps to measure at")
     parser.add_argument("--heldout", type=int, default=48, help="held-out prompts")
     parser.add_argument("--out", type=Path, default=Path("runs/true_kl"), help="corpus and finished runs: resumable")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
