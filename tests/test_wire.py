@@ -325,7 +325,8 @@ WHOLE = json.dumps(chat_reply("a long answer")).encode()
         b"", b"null", b"[]", b"42", b"<html>Gateway</html>", b"\xff\xfe\x00", WHOLE[:-1], WHOLE[: len(WHOLE) // 2],
         b"{}", b'{"choices":[]}', b'{"object":"list","data":[]}', b'{"choices":[{"text":"legacy"}]}',
         b'{"choices":[{"message":"Hi"}]}', b'{"choices":{"0":{}}}', b'{"choices":[{"message":{"content":7}}]}',
-        b'{"choices":[{"message":{"content":"\xff"}}]}', b"[" * 100_000, b'{"choices":[{"message":' + b'{"a":' * 100_000,
+        b'{"choices":[{"message":{"content":"\xff"}}]}', b"[" * 100_000,
+        b'{"choices":[{"message":' + b'{"a":' * 100_000,
     ],
 )  # fmt: skip
 def test_a_200_that_cannot_be_read_is_worth_asking_again(data: bytes) -> None:
