@@ -13,8 +13,12 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from blackbox_kd.algorithms.base import Outcome, ce_sample
 from blackbox_kd.errors import ConfigError, TeacherError
@@ -23,6 +27,7 @@ from blackbox_kd.model_card import write_card
 from blackbox_kd.progress import say
 from blackbox_kd.project import Project, stage_main
 from blackbox_kd.rollout import Writer
+from blackbox_kd.student.render import IGNORE, Rendered
 from blackbox_kd.student.student import Student
 from blackbox_kd.student.update import Updater
 from blackbox_kd.types import Prompt, TrainSample
@@ -43,7 +48,7 @@ async def run(project: Project) -> dict[str, Any]:
     start = run_dir.checkpoint(names[done - 1])
     student = Student(config.student, adapter=start)
     state = start / OPTIMIZER_FILE
-    updater = Updater(student, loop.update, state if state.exists() else None)
+    updater = Updater(student, loop.update, state if state.exists() else None, loop.algorithm.losses)
     algorithm = loop.algorithm.build(project.teacher, student.renderer)
     rounds: dict[str, dict[str, float]] = {}
     for round_ in range(done, loop.rounds + 1):
@@ -59,15 +64,18 @@ async def run(project: Project) -> dict[str, Any]:
         )
         prompts = draw(project, round_)
         project.corpus.add_prompts(prompts)
-        rollouts = writer.rollouts(prompts)
+        with student.under(None) if loop.algorithm.writer == "base" else nullcontext():
+            rollouts = writer.rollouts(prompts)
         outcome = await algorithm.feedback(rollouts, round_)
         project.corpus.add_feedback(outcome.feedback, round_=round_, run_id=project.run_id)
         check(outcome, loop.max_failed_feedback)
-        replayed = replay(project, student, len(outcome.samples), round_)
+        replayed = replay(project, student, len(outcome.feedback), round_)
         samples = fitting([*outcome.samples, *replayed], config.student.max_length)
+        samples = referenced(student, samples, run_dir.checkpoint("sft"), loop.rollout_batch_size)
         steps = updater.run(samples, phase_seed(config.seed, round_, "update"))
         metrics = {
-            "feedback": len(outcome.samples),
+            **outcome.metrics,
+            "feedback": len(outcome.feedback),
             "feedback_failed": outcome.failed / max(1, outcome.asked),
             "replayed": len(replayed),
             "rollout_length": sum(len(r.completion_ids) for r in rollouts) / max(1, len(rollouts)),
@@ -94,12 +102,13 @@ async def run(project: Project) -> dict[str, Any]:
 
 
 def draw(project: Project, round_: int) -> list[Prompt]:
-    """The prompts of a round: first those that `sample` did not use, in a seeded order, then the others, then again."""
+    """The prompts of a round, in a seeded order: first those that the algorithm wants, then the others, then again."""
     sampled = {prompt.prompt_id for prompt in project.sampled_prompts}
     rng = random.Random(phase_seed(project.config.seed, 0, "prompts"))
     order = list(project.prompts["train"])
     rng.shuffle(order)
-    order.sort(key=lambda prompt: prompt.prompt_id in sampled)
+    wanted = project.config.onpolicy.algorithm.prompts == "sampled"
+    order.sort(key=lambda prompt: (prompt.prompt_id in sampled) != wanted)
     size = min(project.config.onpolicy.prompts_per_round, len(order))
     return [order[i % len(order)] for i in range((round_ - 1) * size, round_ * size)]
 
@@ -117,9 +126,30 @@ def check(outcome: Outcome, limit: float) -> None:
         )
 
 
+def referenced(student: Student, samples: list[TrainSample], reference: Path, batch_size: int) -> list[TrainSample]:
+    """Samples of pairs get the log-probs `ref` of their tokens under the checkpoint that the stage started from.
+
+    Never under the base with the adapter off: that has not learnt the task.
+    """
+    mine = [i for i, sample in enumerate(samples) if any(sample.weights.get("pair", ()))]
+    if not mine:
+        return samples
+    rows = [Rendered(s.input_ids, [t if w else IGNORE for t, w in zip(s.input_ids, s.weights["pair"], strict=True)])
+            for s in (samples[i] for i in mine)]  # fmt: skip
+    with student.under(reference):
+        scores = student.logprobs(rows, batch_size=batch_size)
+    found = list(samples)
+    for i, row, values in zip(mine, rows, scores, strict=True):
+        following = iter(values)
+        ref = [0.0 if label == IGNORE else next(following) for label in row.labels]
+        found[i] = msgspec.structs.replace(samples[i], logprobs={**samples[i].logprobs, "ref": ref})
+    return found
+
+
 def fitting(samples: list[TrainSample], max_length: int) -> list[TrainSample]:
     """Those that are not longer than `student.max_length`; the others are counted."""
-    kept = [sample for sample in samples if len(sample.input_ids) <= max_length]
+    long = {s.pair_id or s.sample_id for s in samples if len(s.input_ids) > max_length}
+    kept = [s for s in samples if (s.pair_id or s.sample_id) not in long]  # a pair goes as a whole
     if len(kept) < len(samples):
         say(f"{len(samples) - len(kept)} samples are longer than student.max_length; they are left out")
     return kept

@@ -116,7 +116,14 @@ def added(one: float | None, other: float | None) -> Any:
 def count_onpolicy(config: Config, prompts: PromptSet, teacher: Questions, seen: History, per_byte: float) -> Count:
     """The questions of all rounds; they are about texts that the student has not written yet, so they are estimated."""
     loop = config.onpolicy
-    per_round = round(min(loop.prompts_per_round, prompts.count("train")) * loop.algorithm.calls_per_rollout)
+    train = prompts.count("train")
+    if loop.algorithm.reply_tokens is None:  # a prompt is asked about once, and those of `sample` were
+        fresh = max(
+            0, min(loop.rounds * loop.prompts_per_round, train) - prompts.count("train", config.sample.max_prompts)
+        )
+        asked = islice(prompts.stream("train"), train - fresh, None)
+        return count(sample_questions(teacher, asked), config.corpus_path, config.teacher, per_byte)
+    per_round = round(min(loop.prompts_per_round, train) * loop.algorithm.calls_per_rollout)
     done = min(loop.rounds, max(map(round_of, committed(config.run_dir)), default=0))
     to_ask = (loop.rounds - max(0, done)) * per_round
     prompt_tokens = mean_of(seen.prompt_tokens)
@@ -170,15 +177,12 @@ def dollars(price: PriceConfig | None, prompt_tokens: int, completion_tokens: fl
 def plan(config: Config) -> dict[str, Any]:
     """All stages, their sum, and what the estimates rest on."""
     prompts = PromptSet(config.prompts)
-    teacher, path, price = (
-        Questions(config.teacher, draws=config.sample.n),
-        config.corpus_path,
-        price_of(config.teacher),
-    )
+    teacher, path = Questions(config.teacher, config.sample), config.corpus_path
+    price = price_of(config.teacher)
     seen = history(path, config.teacher.model)
     per_byte = seen.tokens_per_byte or 1 / BYTES_PER_TOKEN
     fixed = [prompt for split in FIXED_SPLITS for prompt in prompts[split]]
-    sampled = sample_questions(config.sample, teacher, prompts.stream("train", config.sample.max_prompts))
+    sampled = sample_questions(teacher, prompts.stream("train", config.sample.max_prompts))
     pairs = fixed_questions(config.evaluate, teacher, fixed)
     counts = {
         "sample": count(sampled, path, config.teacher, per_byte),

@@ -54,9 +54,7 @@ if TYPE_CHECKING:
     AlgorithmChoice = AlgorithmConfig
 else:  # a discriminated union is the registry: it validates, dispatches, and names what there is
     TeacherChoice = Annotated[reduce(or_, providers()), Field(discriminator="provider")]
-    AlgorithmChoice = reduce(or_, algorithms())
-    if len(algorithms()) > 1:
-        AlgorithmChoice = Annotated[AlgorithmChoice, Field(discriminator="name")]
+    AlgorithmChoice = Annotated[reduce(or_, algorithms()), Field(discriminator="name")]
 
 
 class OnPolicyConfig(Section):
@@ -129,11 +127,11 @@ class Config(Section):
         return {name: dumped[name] for name in names}
 
 
-def sample_questions(config: SampleConfig, teacher: Questions, prompts: Iterable[Prompt]) -> Iterator[Request]:
+def sample_questions(teacher: Questions, prompts: Iterable[Prompt]) -> Iterator[Request]:
     """One for each draw of each prompt."""
     for prompt in prompts:
-        for draw in range(config.draws):
-            yield teacher.request(prompt, "sample", config.sampling, sample_idx=draw)
+        for draw in range(teacher.sample.draws):
+            yield teacher.answer(prompt, sample_idx=draw)
 
 
 class Project:
@@ -154,7 +152,7 @@ class Project:
                 config.teacher,
                 self.corpus,
                 self.run_dir.run_id,
-                draws=config.sample.n,
+                sample=config.sample,
                 caps=config.budget,
                 run_dir=config.run_dir,
             )
@@ -183,7 +181,7 @@ class Project:
 
     def sample_requests(self, prompts: Iterable[Prompt] | None = None) -> Iterator[Request]:
         """The questions of the sequence-level stage: one for each draw of each sampled train prompt."""
-        return sample_questions(self.config.sample, self.teacher, self.sampled_prompts if prompts is None else prompts)
+        return sample_questions(self.teacher, self.sampled_prompts if prompts is None else prompts)
 
     def training_rows(self) -> list[tuple[Prompt, str, str]]:
         """(prompt, completion_id, answer): whole answers to exactly those questions, by completion_id."""

@@ -11,6 +11,7 @@ import pytest
 from blackbox_kd.algorithms import algorithms
 from blackbox_kd.algorithms.base import Algorithm, Outcome
 from blackbox_kd.algorithms.relabel import RelabelConfig, least_sure
+from blackbox_kd.config import SampleConfig
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.student.render import IGNORE, Renderer
 from blackbox_kd.teachers.scripted import ScriptedTeacherConfig
@@ -92,7 +93,7 @@ def test_afresh_asks_where_the_student_is_least_sure(renderer: Renderer) -> None
 
 def test_a_later_round_draws_anew(corpus: Corpus, renderer: Renderer) -> None:
     config = RelabelConfig(mode="afresh")
-    teacher = Teacher(ScriptedTeacherConfig(), corpus, RUN_ID, draws=2)
+    teacher = Teacher(ScriptedTeacherConfig(), corpus, RUN_ID, sample=SampleConfig(n=2))
     algorithm = config.build(teacher, renderer)
     one = rollout(renderer, "Say 1", "x")
     keys = {algorithm._request(one, round_).request_key for round_ in (1, 2)}

@@ -8,10 +8,11 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 
 from blackbox_kd.algorithms.base import AlgorithmConfig
+from blackbox_kd.algorithms.preference import PreferenceConfig
 from blackbox_kd.algorithms.relabel import RelabelConfig
 
 
 def algorithms() -> list[type[AlgorithmConfig]]:
     """All algorithm configs, ours and those of installed packages."""
-    ours: list[type[AlgorithmConfig]] = [RelabelConfig]
+    ours: list[type[AlgorithmConfig]] = [RelabelConfig, PreferenceConfig]
     return ours + [point.load() for point in entry_points(group="blackbox_kd.algorithms")]

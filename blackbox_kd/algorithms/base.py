@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 
 from blackbox_kd.config import Section
+from blackbox_kd.errors import AlignmentError
 from blackbox_kd.student.render import IGNORE, Rendered, Renderer
 from blackbox_kd.teachers.teacher import Teacher
 from blackbox_kd.types import Feedback, Rollout, TrainSample
@@ -23,6 +24,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """Rollouts that feedback was asked for."""
     failed: int
     """Of those, how many got none that can be used; they are dropped, never scored as zero."""
+    metrics: dict[str, float] = {}
+    """What is worth a look in each round."""
 
 
 class Algorithm(Protocol):
@@ -44,13 +47,28 @@ class AlgorithmConfig(Section):
     """The one that `onpolicy.algorithm.name` chooses by; a Literal in each algorithm."""
 
     @property
+    def losses(self) -> dict[str, dict[str, Any]]:
+        """Options of the loss components that it gives weights to, by name (`student.components`)."""
+        return {}
+
+    @property
+    def writer(self) -> Literal["student", "base"]:
+        """Who writes the rollouts: the student as it is, or the base model that it started from."""
+        return "student"
+
+    @property
+    def prompts(self) -> Literal["fresh", "sampled"]:
+        """Which train prompts come first: those that `sample` did not use, or those that the teacher has answered."""
+        return "fresh"
+
+    @property
     def calls_per_rollout(self) -> float:
         """Questions to the teacher for one rollout, on average: what `plan` counts with."""
         raise NotImplementedError
 
     @property
-    def reply_tokens(self) -> int:
-        """The most that the teacher may write in one reply."""
+    def reply_tokens(self) -> int | None:
+        """The most that the teacher may write in one reply; None: it is asked as by `sample`, once a prompt."""
         raise NotImplementedError
 
     def files_hash(self) -> str | None:
@@ -66,3 +84,11 @@ def ce_sample(sample_id: str, rendered: Rendered) -> TrainSample:
     """Learn the supervised tokens, each with weight 1."""
     weights = [0.0 if label == IGNORE else 1.0 for label in rendered.labels]
     return TrainSample(sample_id=sample_id, input_ids=rendered.input_ids, weights={"ce": weights})
+
+
+def on_completion(prompt_ids: list[int], values: Sequence[float] | float, size: int) -> list[float]:
+    """A stream over prompt and completion: 0 on the prompt, then one value for each of `size` completion tokens."""
+    inside = [float(values)] * size if isinstance(values, int | float) else list(values)
+    if len(inside) != size:
+        raise AlignmentError(f"{len(inside)} values for {size} completion tokens")
+    return [*[0.0] * len(prompt_ids), *inside]

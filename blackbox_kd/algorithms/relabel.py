@@ -91,7 +91,7 @@ class Relabel:
 
     def _request(self, rollout: Rollout, round_: int) -> Request:
         if self._config.mode == "afresh":  # a further draw of the teacher's own answer in each round
-            draw = self._teacher.draws + round_ - 1
+            draw = self._teacher.sample.n + round_ - 1
             return self._teacher.request(rollout.prompt, "relabel", self._sampling, sample_idx=draw)
         return self._teacher.request(
             rollout.prompt,

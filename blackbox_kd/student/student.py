@@ -26,6 +26,8 @@ from blackbox_kd.student.render import IGNORE, Rendered, Renderer
 from blackbox_kd.types import SamplingParams
 
 ADAPTER_FILE = "adapter_model.safetensors"
+OWN_ADAPTER, OTHER_ADAPTER = "default", "other"
+"""PEFT's names of the adapter that learns, and of one that is only looked at."""
 
 
 class TokenScores(NamedTuple):
@@ -66,6 +68,24 @@ class Student:
         if adapter is None:
             return f"base:{self._base_id}"
         return content_id([self._base_id, file_hash(adapter / ADAPTER_FILE)])
+
+    @contextmanager
+    def under(self, adapter: Path | None) -> Iterator[None]:
+        """Another policy writes and scores inside the block: a saved adapter, or the base model without one."""
+        policy, self.policy = self.policy, self.policy_of(adapter)
+        try:
+            if adapter is None:
+                with self.model.disable_adapter():
+                    yield
+                return
+            self.model.load_adapter(str(adapter), OTHER_ADAPTER, is_trainable=False)
+            self.model.set_adapter(OTHER_ADAPTER)
+            yield
+        finally:
+            self.policy = policy
+            if OTHER_ADAPTER in self.model.peft_config:
+                self.model.set_adapter(OWN_ADAPTER)
+                self.model.delete_adapter(OTHER_ADAPTER)
 
     @property
     def device(self) -> torch.device:
@@ -151,7 +171,7 @@ class Student:
 
     def save(self, path: Path) -> None:
         """The adapter, as PEFT reads it."""
-        self.model.save_pretrained(path)
+        self.model.save_pretrained(path, selected_adapters=[OWN_ADAPTER])
 
 
 def _with_lora(base: Any, config: StudentConfig, adapter: Path | None, seed: int) -> Any:

@@ -21,10 +21,14 @@ Ask = Callable[..., AsyncIterator[Completion]]
 class Questions:
     """Turns prompts into requests, as this teacher with its private prompt is asked; it asks nobody."""
 
-    def __init__(self, config: TeacherConfig, *, draws: int = 1) -> None:
-        """`draws`: answers to a prompt that `sample` takes; on-policy draws of the same question go on from there."""
-        self.config, self.draws = config, draws
+    def __init__(self, config: TeacherConfig, sample: SampleConfig | None = None) -> None:
+        """`sample`: how the sequence-level stage asks; on-policy draws of the same question go on from its last."""
+        self.config, self.sample = config, sample or SampleConfig()
         self.context = PrivateContext(config.prompt.template, config.prompt.examples)
+
+    def answer(self, prompt: Prompt, *, sample_idx: int = 0) -> Request:
+        """A question of the sequence-level stage: the same draw of the same prompt is never paid for twice."""
+        return self.request(prompt, "sample", self.sample.sampling, sample_idx=sample_idx)
 
     def request(
         self,
@@ -63,13 +67,13 @@ class Teacher(Questions):
         corpus: Corpus,
         run_id: str,
         *,
-        draws: int = 1,
+        sample: SampleConfig | None = None,
         caps: BudgetConfig | None = None,
         run_dir: Path | None = None,
     ) -> None:
-        """`draws`: see `Questions`; `run_dir` is shown by `status`."""
+        """`sample`: see `Questions`; `run_dir` is shown by `status`."""
         config.check()
-        super().__init__(config, draws=draws)
+        super().__init__(config, sample)
         self.corpus, self.run_id = corpus, run_id
         self.engine = Engine(config, corpus, run_id, caps=caps, run_dir=run_dir)
 
