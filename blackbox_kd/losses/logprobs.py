@@ -17,7 +17,7 @@ from blackbox_kd.losses.base import at_least_float32, check_rows
 Rows = tuple[torch.Tensor, ...]
 """Index tensors of length S, one for each leading dimension of the logits."""
 
-CHUNK = {"cpu": 2**20}
+CHUNK = {"cpu": 2**18}
 """Logits worked on at once, by device type: a CPU is fastest inside its cache."""
 
 CHUNK_ELSEWHERE = 2**24
