@@ -130,28 +130,30 @@ def test_gradcheck_of_token_logprobs() -> None:
     assert torch.autograd.gradcheck(lambda z: token_logprobs(z, ids_BTK, mask_BT, temperature=0.7), (logits_BTV,))
 
 
-class Sizes(TorchDispatchMode):
-    """Counts the results of operations that are as large as the logits and memory of their own."""
+class Large(TorchDispatchMode):
+    """Storages of results as large as the logits, other than theirs."""
 
-    def __init__(self, numel: int) -> None:
+    def __init__(self, logits: torch.Tensor) -> None:
         super().__init__()
-        self.numel, self.storages = numel, set[int]()
+        self.logits, self.storages = logits, set[int]()
         self.alive: list[torch.Tensor] = []  # so that no address is given out twice
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and out.numel() >= self.numel:
+        if isinstance(out, torch.Tensor) and out.numel() >= self.logits.numel():
             self.storages.add(out.untyped_storage().data_ptr())
+            self.storages.discard(self.logits.untyped_storage().data_ptr())
             self.alive.append(out)
         return out
 
 
-def test_the_gradient_is_the_only_large_tensor() -> None:
-    logits_BTV = torch.randn(2, 20, 2**16, requires_grad=True)  # several chunks
-    ids_BTK = torch.randint(2**16, (2, 20, 5))
-    with Sizes(logits_BTV.numel()) as forward:
-        loss = token_logprobs(logits_BTV, ids_BTK).sum()
-    with Sizes(logits_BTV.numel()) as backward:
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_the_gradient_is_the_only_large_tensor(share: float) -> None:
+    logits_BTV = torch.randn(2, 40, 2**16, requires_grad=True)  # several chunks
+    ids_BTK, mask_BT = torch.randint(2**16, (2, 40, 5)), torch.rand(2, 40) <= share
+    with Large(logits_BTV) as forward:
+        loss = token_logprobs(logits_BTV, ids_BTK, mask_BT).sum()
+    with Large(logits_BTV) as backward:
         torch.autograd.grad(loss, logits_BTV)
     assert (len(forward.storages), len(backward.storages)) == (0, 1)
 

@@ -17,12 +17,6 @@ from blackbox_kd.losses.base import at_least_float32, check_rows
 Rows = tuple[torch.Tensor, ...]
 """Index tensors of length S, one for each leading dimension of the logits."""
 
-CHUNK = {"cpu": 2**20}
-"""Logits worked on at once, by device type: a CPU is fastest inside its cache."""
-
-CHUNK_ELSEWHERE = 2**24
-"""An accelerator wants few, large kernels; 64 MB in float32."""
-
 
 def token_logprobs(
     logits_BTV: torch.Tensor,
@@ -57,12 +51,14 @@ def kept_logprobs(
     logits_BTV: torch.Tensor, ids_SK: torch.Tensor, kept_BT: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
     """(S, K) of `token_logprobs` for the S rows where `kept_BT` is true, in their order."""
-    rows = kept_BT.nonzero(as_tuple=True)
+    rows: Rows = kept_BT.nonzero(as_tuple=True)
+    if len(ids_SK) == kept_BT.numel() and logits_BTV.is_contiguous():  # then chunks are views, without a copy
+        logits_BTV, rows = logits_BTV.view(-1, logits_BTV.shape[-1]), ()
     return _TokenLogprobs.apply(logits_BTV, ids_SK, temperature, *rows)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """d log q_k / d z_v = (1[k = v] - q_v) / temperature."""
+    """d log q_k / d z_v = (1[k = v] - q_v) / temperature. Without `rows`, all of (S, V) logits."""
 
     @staticmethod
     def forward(
@@ -71,7 +67,7 @@ class _TokenLogprobs(torch.autograd.Function):
         dtype = torch.float64 if logits_BTV.dtype == torch.float64 else torch.float32
         logprobs_SK = torch.empty(ids_SK.shape, dtype=dtype, device=logits_BTV.device)
         logsumexp_S1 = logprobs_SK.new_empty(len(ids_SK), 1)
-        for part, chosen in _chunks(logits_BTV, rows):
+        for part, chosen in _chunks(logits_BTV, len(ids_SK), rows):
             logits_CV = _scaled(logits_BTV[chosen], temperature)
             torch.logsumexp(logits_CV, -1, keepdim=True, out=logsumexp_S1[part])
             torch.gather(logits_CV, 1, ids_SK[part], out=logprobs_SK[part])
@@ -85,22 +81,33 @@ class _TokenLogprobs(torch.autograd.Function):
         logits_BTV, ids_SK, logsumexp_S1, *rows = ctx.saved_tensors
         grad_SK = grad_SK / ctx.temperature
         total_S1 = grad_SK.sum(-1, keepdim=True)
-        grad_BTV = torch.zeros_like(logits_BTV)
-        for part, chosen in _chunks(logits_BTV, tuple(rows)):
-            grad_CV = _scaled(logits_BTV[chosen], ctx.temperature).sub_(logsumexp_S1[part]).exp_().mul_(-total_S1[part])
+        grad_BTV = torch.zeros_like(logits_BTV) if rows else torch.empty_like(logits_BTV)
+        for part, chosen in _chunks(logits_BTV, len(ids_SK), tuple(rows)):
+            logprobs_CV = _scaled(logits_BTV[chosen], ctx.temperature) - logsumexp_S1[part]
+            grad_CV = logprobs_CV.exp_().mul_(-total_S1[part])
             grad_BTV[chosen] = grad_CV.scatter_add_(1, ids_SK[part], grad_SK[part]).to(grad_BTV.dtype)
         return grad_BTV, None, None, *(None for _ in rows)
 
 
-def _chunks(logits_BTV: torch.Tensor, rows: Rows) -> Iterator[tuple[slice, Rows]]:
+def _chunks(logits_BTV: torch.Tensor, count: int, rows: Rows) -> Iterator[tuple[slice, Rows | slice]]:
     """Where a chunk lies among the S rows, and in the logits (which need not be contiguous)."""
-    size = max(1, CHUNK.get(logits_BTV.device.type, CHUNK_ELSEWHERE) // logits_BTV.shape[-1])
-    for start in range(0, len(rows[0]), size):
+    size = max(1, _chunk_size(logits_BTV.device) // logits_BTV.shape[-1])
+    for start in range(0, count, size):
         part = slice(start, start + size)
-        yield part, tuple(index[part] for index in rows)
+        yield part, tuple(index[part] for index in rows) or part
+
+
+def _chunk_size(device: torch.device) -> int:
+    """Logits worked on at once: one thread is fastest in its cache, several and accelerators with few large steps.
+
+    Small steps on several threads cost little on idle cores, but five times as much on busy ones.
+    """
+    if device.type != "cpu":
+        return 2**24
+    return 2**18 if torch.get_num_threads() == 1 else 2**22
 
 
 def _scaled(logits_CV: torch.Tensor, temperature: float) -> torch.Tensor:
-    """In the dtype of the computation. `logits_CV` is a copy of its own: it may be overwritten."""
+    """In the dtype of the computation; may be a view of the logits."""
     logits_CV = at_least_float32(logits_CV)
-    return logits_CV if temperature == 1 else logits_CV.div_(temperature)
+    return logits_CV if temperature == 1 else logits_CV / temperature
