@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -26,6 +27,7 @@ from blackbox_kd.rollout import Writer
 from blackbox_kd.student.student import ADAPTER_FILE, Student
 from blackbox_kd.student.update import Updater
 from blackbox_kd.types import Prompt, TrainSample
+from blackbox_kd.yardstick import Looks
 
 OPTIMIZER_FILE = "optimizer.pt"
 
@@ -45,8 +47,10 @@ async def run(project: Project) -> dict[str, Any]:
     state = start / OPTIMIZER_FILE
     updater = Updater(student, loop.update, state if state.exists() else None)
     algorithm = loop.algorithm.build(project.teacher, student.renderer)
+    looks = Looks(project, student)
     rounds: dict[str, dict[str, float]] = {}
     for round_ in range(done, loop.rounds + 1):
+        name = f"round-{round_}"
         writer = Writer(
             student=student,
             sampling=loop.sampling,
@@ -65,7 +69,8 @@ async def run(project: Project) -> dict[str, Any]:
         check(outcome, loop.max_failed_feedback)
         replayed = replay(project, student, len(outcome.samples), round_)
         samples = fitting([*outcome.samples, *replayed], config.student.max_length)
-        steps = updater.run(samples, phase_seed(config.seed, round_, "update"))
+        after_step = partial(looks.after, stage="onpolicy", checkpoint=name, round=round_)
+        steps = updater.run(samples, phase_seed(config.seed, round_, "update"), after_step)
         metrics = {
             "feedback": len(outcome.samples),
             "feedback_failed": outcome.failed / max(1, outcome.asked),
@@ -74,7 +79,6 @@ async def run(project: Project) -> dict[str, Any]:
             "rollout_logprob": sum(map(sum, (r.logprobs for r in rollouts)))
             / max(1, sum(len(r.logprobs) for r in rollouts)),
         }
-        name = f"round-{round_}"
         with run_dir.committing(name, project.settings_of(name)) as folder:
             student.save(folder)
             updater.save(folder / OPTIMIZER_FILE)

@@ -114,7 +114,7 @@ class Config(Section):
         if wanted and drawn != (1, 1) and not self.sft.allow_temperature_mismatch:
             raise ValueError(
                 "sft.soft_labels: API logprobs are those of temperature 1 and top_p 1, but sample draws its text at "
-                f"{drawn[0]:g} and {drawn[1]:g}; set sft.soft_labels to false, or sft.allow_temperature_mismatch to true"
+                f"{drawn[0]:g} and {drawn[1]:g}; set sft.soft_labels false, or sft.allow_temperature_mismatch true"
             )
         return self
 
