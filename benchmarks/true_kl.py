@@ -8,8 +8,9 @@ student to it is known, over the whole vocabulary, on the held-out temperature-1
                  that same distribution
   bound_holds    tail_kl <= true_kl at each of them;  same_ranking: both order all checkpoints alike
   server         how far the numbers of the llama.cpp server (quantised activations) are from those in-process
-  arms           sft with soft labels beside sft without: the same answers, steps, batches, initial adapter; each seed
-                 has other train prompts. Their difference with a hierarchical bootstrap interval over seeds and prompts.
+  minus_hard     sft with soft labels (alone, or mixed with hard ones) beside sft without: the same answers, steps,
+                 batches and initial adapter; each seed has other train prompts. The difference in nats per token with
+                 a hierarchical bootstrap interval over seeds and prompts.
 """
 
 from __future__ import annotations
@@ -36,7 +37,12 @@ from blackbox_kd.student.render import IGNORE, Rendered
 from blackbox_kd.student.student import Student, first_kept, logits_from
 from blackbox_kd.types import scorer
 
-ARMS = {"soft": "true", "hard": "false"}
+ARMS = {
+    "hard": ["--sft.soft_labels", "false"],
+    "soft": ["--sft.soft.alpha", "0"],
+    "mixed": ["--sft.soft.alpha", "0.5"],
+}
+"""Hard labels, soft labels, and half of each."""
 METRICS = ("true_kl", "true_reverse_kl", "tail_kl", "server_tail_kl", "teacher_nll")
 
 
@@ -164,7 +170,7 @@ def train(arm: str, seed: int, flags: argparse.Namespace, extra: Sequence[str]) 
     chosen = ["--seed", str(seed), "--run_dir", str(flags.out / f"{arm}-{seed}")]
     chosen += ["--corpus", str(flags.out / "corpus.duckdb"), "--prompts.path", str(prompts_of(seed, flags.out))]
     chosen += ["--prompts.limits", f"{{heldout: {flags.heldout}, ood: 0, holdback: 0}}", "--sft.dev_fraction", "0"]
-    chosen += ["--sft.soft_labels", ARMS[arm], *extra]
+    chosen += [*ARMS[arm], *extra]
     config = load_config(Config, "quickstart", overrides(chosen))
     print(f"{arm}, seed {seed}", file=sys.stderr)
     with Project(config) as project:
@@ -194,8 +200,10 @@ async def _ask(project: Project) -> None:
         await yardstick.capture(project)
 
 
-def difference(runs: dict[tuple[str, int], dict[str, Any]], seeds: Sequence[int], step: str, name: str) -> list[float]:
-    """Soft minus hard in nats per token: mean and 95% interval, seeds and then prompts drawn with replacement."""
+def difference(
+    runs: dict[tuple[str, int], dict[str, Any]], arm: str, seeds: Sequence[int], step: str, name: str
+) -> list[float]:
+    """An arm minus hard in nats per token: mean and 95% interval, seeds and then prompts drawn with replacement."""
     sums = {key: np.array(run["steps"][step][name]) for key, run in runs.items()}
     tokens = np.array(next(iter(runs.values()))["steps"][step]["tokens"])
     rng = np.random.default_rng(0)
@@ -204,11 +212,11 @@ def difference(runs: dict[tuple[str, int], dict[str, Any]], seeds: Sequence[int]
         picked = rng.choice(np.array(seeds), len(seeds))
         rows = [rng.integers(0, len(tokens), len(tokens)) for _ in picked]
         each = [
-            (sums["soft", int(seed)][at].sum() - sums["hard", int(seed)][at].sum()) / tokens[at].sum()
+            (sums[arm, int(seed)][at].sum() - sums["hard", int(seed)][at].sum()) / tokens[at].sum()
             for seed, at in zip(picked, rows, strict=True)
         ]
         draws.append(float(np.mean(each)))
-    value = np.mean([(sums["soft", s].sum() - sums["hard", s].sum()) / tokens.sum() for s in seeds])
+    value = np.mean([(sums[arm, s].sum() - sums["hard", s].sum()) / tokens.sum() for s in seeds])
     return [float(value), *map(float, np.percentile(draws, [2.5, 97.5]))]
 
 
@@ -223,7 +231,11 @@ def summary(runs: dict[tuple[str, int], dict[str, Any]], seeds: Sequence[int]) -
     by_tail = [c["name"] for c in sorted(checkpoints, key=lambda c: c["tail_kl"])]
     last = list(next(iter(runs.values()))["steps"])
     compared = ("true_kl", "true_reverse_kl", "tail_kl", "teacher_nll")
-    arms = {step: {name: difference(runs, seeds, step, name) for name in compared} for step in last if step != "0"}
+    minus_hard = {
+        arm: {step: {name: difference(runs, arm, seeds, step, name) for name in compared} for step in last[1:]}
+        for arm in ARMS
+        if arm != "hard" and (arm, seeds[0]) in runs
+    }
     return {
         "checkpoints": checkpoints,
         "bound_holds": all(c["tail_kl"] <= c["true_kl"] + 1e-6 for c in checkpoints),
@@ -231,8 +243,8 @@ def summary(runs: dict[tuple[str, int], dict[str, Any]], seeds: Sequence[int]) -
         "rank_correlation": _rank_correlation(by_true, by_tail),
         "server": {key: float(np.mean([r["server"][key] for r in runs.values()])) for key in
                    next(iter(runs.values()))["server"]},
-        "soft_minus_hard": arms,
-        "coverage": runs["soft", seeds[0]]["coverage"],
+        "minus_hard": minus_hard,
+        "coverage": next((run["coverage"] for run in runs.values() if run["coverage"]), {}),
         "train_answers": next(iter(runs.values()))["calls"],
     }  # fmt: skip
 
@@ -247,21 +259,23 @@ def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--steps", type=int, nargs="+", default=[12, 24], help="optimiser steps to measure at")
     parser.add_argument("--heldout", type=int, default=48, help="held-out prompts")
     parser.add_argument("--out", type=Path, default=Path("runs/true_kl"), help="corpus and finished runs: resumable")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     flags, extra = parser.parse_known_args()
-    runs = {(arm, seed): train(arm, seed, flags, extra) for seed in flags.seeds for arm in ARMS}
+    runs = {(arm, seed): train(arm, seed, flags, extra) for seed in flags.seeds for arm in flags.arms}
     found = summary(runs, flags.seeds)
     if flags.json:
         print(json.dumps(found, indent=1))
         return 0
     for c in found["checkpoints"]:
         print(f"{c['name']:<22} " + "  ".join(f"{name} {c[name]:.4f}" for name in METRICS))
-    for step, values in found["soft_minus_hard"].items():
-        shown = "  ".join(f"{name} {v:+.4f} [{lo:+.4f}, {hi:+.4f}]" for name, (v, lo, hi) in values.items())
-        print(f"soft - hard, step {step}: {shown}")
+    for arm, steps in found["minus_hard"].items():
+        for step, values in steps.items():
+            shown = "  ".join(f"{name} {v:+.4f} [{lo:+.4f}, {hi:+.4f}]" for name, (v, lo, hi) in values.items())
+            print(f"{arm} - hard, step {step}: {shown}")
     return 0
 
 

@@ -128,11 +128,10 @@ class SftConfig(Section):
     soft: SoftLossConfig = SoftLossConfig()
     allow_temperature_mismatch: bool = False
     """API logprobs are those of temperature 1: text drawn otherwise has another distribution than its soft labels."""
-
     dev_fraction: float = Field(0.15, ge=0, lt=1)
-    """Share of the sampled train prompts kept aside; training stops early on their NLL. 0 trains to the end."""
+    """Share of the sampled train prompts kept aside; training stops early on their loss. 0 trains to the end."""
     early_stopping_patience: int = Field(1, ge=1)
-    """Evaluations without a better dev NLL before training stops; the best checkpoint is kept."""
+    """Evaluations without a better dev loss before training stops; the best checkpoint is kept."""
     trainer: dict[str, Any] = {}
     """Goes to trl.SFTConfig untouched (learning_rate, num_train_epochs, per_device_train_batch_size, ...)."""
 
@@ -162,8 +161,8 @@ class EvaluateConfig(Section):
     """Alternatives kept with the teacher's fixed temperature-1 answers."""
     batch_size: int = Field(32, ge=1)
     bootstrap_samples: int = Field(2000, ge=100)
-    every_steps: int | None = Field(None, ge=1)
-    """Optimiser steps of `sft` and `onpolicy` from one look at the fixed set to the next; null: none in between."""
+    every_steps: int | None = Field(50, ge=1)
+    """Optimiser steps of `sft`, or of a round of `onpolicy`, from one look at the fixed set to the next; null: none."""
 
 
 class _Loader(yaml.SafeLoader):

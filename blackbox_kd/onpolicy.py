@@ -14,6 +14,7 @@ import random
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from blackbox_kd.student.render import IGNORE, Rendered
 from blackbox_kd.student.student import Student
 from blackbox_kd.student.update import Updater
 from blackbox_kd.types import Prompt, TrainSample
+from blackbox_kd.yardstick import Looks
 
 OPTIMIZER_FILE = "optimizer.pt"
 
@@ -50,8 +52,10 @@ async def run(project: Project) -> dict[str, Any]:
     state = start / OPTIMIZER_FILE
     updater = Updater(student, loop.update, state if state.exists() else None, loop.algorithm.losses)
     algorithm = loop.algorithm.build(project.teacher, student.renderer)
+    looks = Looks(project, student)
     rounds: dict[str, dict[str, float]] = {}
     for round_ in range(done, loop.rounds + 1):
+        name = f"round-{round_}"
         writer = Writer(
             student=student,
             sampling=loop.sampling,
@@ -72,7 +76,8 @@ async def run(project: Project) -> dict[str, Any]:
         replayed = replay(project, student, len(outcome.feedback), round_)
         samples = fitting([*outcome.samples, *replayed], config.student.max_length)
         samples = referenced(student, samples, run_dir.checkpoint("sft"), loop.rollout_batch_size)
-        steps = updater.run(samples, phase_seed(config.seed, round_, "update"))
+        after_step = partial(looks.after, stage="onpolicy", checkpoint=name, round=round_)
+        steps = updater.run(samples, phase_seed(config.seed, round_, "update"), after_step)
         metrics = {
             **outcome.metrics,
             "feedback": len(outcome.feedback),
@@ -82,7 +87,6 @@ async def run(project: Project) -> dict[str, Any]:
             "rollout_logprob": sum(map(sum, (r.logprobs for r in rollouts)))
             / max(1, sum(len(r.logprobs) for r in rollouts)),
         }
-        name = f"round-{round_}"
         with run_dir.committing(name, project.settings_of(name)) as folder:
             student.save(folder)
             updater.save(folder / OPTIMIZER_FILE)

@@ -3,7 +3,7 @@
     blackbox-kd sft --config quickstart --sft.trainer.learning_rate 2e-4
 
 Reads   the teacher's whole answers of purpose `sample` (view `sft`).    Writes   checkpoints/sft, metrics.
-A part of the train prompts is kept aside (`sft.dev_fraction`); training stops when their NLL stops falling.
+A part of the train prompts is kept aside (`sft.dev_fraction`); training stops when their loss stops falling.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -32,7 +32,7 @@ from blackbox_kd.student.render import Rendered
 from blackbox_kd.student.student import Student
 from blackbox_kd.student.trainer import DistillationTrainer, SoftCollator, TrlConfig, dataset
 from blackbox_kd.types import Prompt, scorer
-from blackbox_kd.yardstick import Yardstick, captured
+from blackbox_kd.yardstick import Looks
 
 Answer: TypeAlias = tuple[Prompt, str, str]
 """Prompt, completion_id and text as it is trained on."""
@@ -65,10 +65,9 @@ async def run(project: Project) -> dict[str, Any]:
     work = run_dir.path / "trainer"
     keep_if_same(work, settings)
     trainer = build_trainer(student, config, train_rows, dev_rows, work)
+    trainer.add_callback(_Looks(Looks(project, student)))
     with counting("sft", trainer_steps(trainer)) as progress:
         trainer.add_callback(_Progress(progress))
-        if config.evaluate.every_steps and (fixed := captured(project)).answers:
-            trainer.add_callback(_Looks(project, student, Yardstick(project, student, fixed)))
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
     with run_dir.committing("sft", settings) as folder:
         student.save(folder)
@@ -181,6 +180,9 @@ def check_values(block: dict[str, Any]) -> None:
     """What TRL itself would only trip over in the middle of its work."""
     if "output_dir" in block:
         raise ConfigError("sft.trainer.output_dir: it is <run_dir>/trainer while it trains; set run_dir")
+    for key in ("packing", "eval_packing"):
+        if block.get(key):
+            raise ConfigError(f"sft.trainer.{key}: rows are trained as they are rendered, each by itself; leave it out")
     defaults = {field.name: field.default for field in dataclasses.fields(TrlConfig)}
     for key, value in block.items():
         if isinstance(defaults.get(key), int | float) and isinstance(value, str):
@@ -199,24 +201,45 @@ def build_trainer(
     datasets.disable_progress_bars()
     stopping = [EarlyStoppingCallback(config.sft.early_stopping_patience)] if dev else []
     args = trainer_config(config, work, has_dev=bool(dev))
-    if args.packing and any(row.soft for row in train):
-        raise ConfigError("sft.trainer.packing: packed rows lose their soft labels; set sft.soft_labels to false")
+    if any(row.soft for row in (*train, *dev)):
+        check_soft(args)
     trainer = DistillationTrainer(
         model=student.model,
         args=args,
         train_dataset=_dataset(train),
         eval_dataset=_dataset(dev) if dev else None,
         processing_class=student.tokenizer,
-        data_collator=None if args.packing or args.padding_free else SoftCollator(student.renderer.end_id),
+        data_collator=None if args.padding_free else SoftCollator(student.renderer.end_id),
         callbacks=stopping,
         soft_loss=config.sft.soft,
     )
     for talkative in (PrinterCallback, ProgressCallback):  # they print to stdout, which is for results
         trainer.remove_callback(talkative)
-    for ours, theirs in zip((row.rendered for row in train), trainer.train_dataset, strict=True):
-        if list(theirs["labels"]) != ours.labels or list(theirs["input_ids"]) != ours.input_ids:
-            raise AlignmentError("TRL changed the tokens or labels of a training row; set sft.trainer back to defaults")
+    check_rows(train, trainer.train_dataset)
+    check_rows(dev, trainer.eval_dataset or ())
     return trainer
+
+
+def check_rows(ours: Sequence[Row], theirs: Iterable[dict[str, Any]]) -> None:
+    """Raises:
+    AlignmentError: see `build_trainer`.
+    """
+    seen = [(list(example["input_ids"]), list(example["labels"])) for example in theirs]
+    if seen != [(row.rendered.input_ids, row.rendered.labels) for row in ours]:
+        raise AlignmentError("TRL changed the tokens or labels of a row; set sft.trainer back to defaults")
+
+
+def check_soft(args: TrlConfig) -> None:
+    """Soft labels stay beside their tokens, and have a loss of their own.
+
+    Raises:
+        ConfigError: a key of `sft.trainer` that would drop them, or that their loss does not know.
+    """
+    for key in ("padding_free", "label_smoothing_factor"):
+        if value := getattr(args, key):
+            raise ConfigError(f"sft.trainer.{key} is {value}, and soft labels do not go with it; {NO_SOFT}")
+    if args.loss_type != "nll":
+        raise ConfigError(f"sft.trainer.loss_type is {args.loss_type!r}, and soft labels are learnt by nll; {NO_SOFT}")
 
 
 def trainer_steps(trainer: DistillationTrainer) -> int:
@@ -248,20 +271,19 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
 class _Looks(TrainerCallback):  # type: ignore[misc]
     """A look at the fixed set now and then: a loss can fall while the KL on rare tokens explodes."""
 
-    def __init__(self, project: Project, student: Student, yardstick: Yardstick) -> None:
-        self._project, self._student, self._yardstick = project, student, yardstick
+    def __init__(self, looks: Looks) -> None:
+        self._looks = looks
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Every `evaluate.every_steps`."""
-        every = self._project.config.evaluate.every_steps
-        if every and state.global_step % every == 0:
-            rows = self._yardstick.rows(self._student, checkpoint="sft", step=state.global_step)
-            self._project.log("sft", rows)
+        """After an optimiser step."""
+        self._looks.after(state.global_step, "sft", checkpoint="sft")
 
 
 def _dataset(rows: list[Row]) -> datasets.Dataset:
     return dataset([row.rendered for row in rows], [row.soft for row in rows])
 
+
+NO_SOFT = "leave it out, or set sft.soft_labels to false"
 
 LOGGED = {
     "loss": ("train", "loss"), "nll": ("train", "nll"), "topk_kl": ("train", "topk_kl"),

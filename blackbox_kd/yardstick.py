@@ -168,6 +168,29 @@ class Yardstick:
         return found
 
 
+class Looks:
+    """Looks at the fixed set in the middle of a training, every `evaluate.every_steps` optimiser steps.
+
+    They change nothing: no draw, no gradient, and the model goes on in the mode that it was in.
+    """
+
+    def __init__(self, project: Project, student: Student) -> None:
+        """Raises:
+        AlignmentError: see `Yardstick`.
+        """
+        self._project, self._student = project, student
+        self._every = project.config.evaluate.every_steps or 0
+        fixed = captured(project) if self._every else None
+        self._yardstick = Yardstick(project, student, fixed) if fixed and fixed.answers else None
+        if fixed and not fixed.answers:
+            say("evaluate.every_steps: no look in between, the corpus has no fixed set yet (`evaluate` captures it)")
+
+    def after(self, step: int, stage: str, **where: Any) -> None:
+        """Metric rows of `stage`, if it is time."""
+        if self._yardstick and step % self._every == 0:
+            self._project.log(stage, self._yardstick.rows(self._student, step=step, **where))
+
+
 def _deciles(soft: SoftLabels | None, targets: Sequence[int]) -> np.ndarray:
     """(S,) 0 to 9: the decile of the teacher's probability of the token that stands there; -1 without a label.
 

@@ -276,7 +276,7 @@ def test_sections_are_what_a_checkpoint_depends_on(load: Load) -> None:
 
 def test_text_of_another_temperature_than_its_soft_labels_has_to_be_asked_for(load: Load) -> None:
     for drawn in (("--sample.temperature", "0.7"), ("--sample.top_p", "0.9")):
-        with pytest.raises(ConfigError, match=r"sft.soft_labels: .* at (0.7 and 1|1 and 0.9); set sft.soft_labels to"):
+        with pytest.raises(ConfigError, match=r"sft.soft_labels: .* at (0.7 and 1|1 and 0.9); set sft.soft_labels"):
             load(*drawn)
         assert load(*drawn, "--sft.soft_labels", "false").sample.draws == 1
         assert load(*drawn, "--sft.allow_temperature_mismatch", "true").sample.draws == 1

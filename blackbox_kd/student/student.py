@@ -147,19 +147,22 @@ class Student:
     ) -> list[TokenScores]:
         """Each row's S supervised tokens at temperature 1 in eval mode, beside the teacher's soft labels of them.
 
+        The mode that the model was in is put back: a trainer may be in the middle of its work.
+
         Raises:
             AlignmentError: a row with another number of soft labels than supervised tokens.
         """
-        self.model.eval()
         found: list[TokenScores] = []
-        for start in range(0, len(rows), batch_size):
-            batch, labels = rows[start : start + batch_size], soft[start : start + batch_size]
-            input_ids, mask = self.pad([row.input_ids for row in batch], "right")
-            targets = pad_sequence([torch.tensor(row.labels) for row in batch], batch_first=True, padding_value=IGNORE)
-            first = first_kept(targets != IGNORE)
-            logits_BTV = logits_from(self.model, input_ids, mask, first)
-            targets_BT = targets[:, first:].to(self.device)
-            found += [_scores(*each) for each in zip(logits_BTV, targets_BT, labels, strict=True)]
+        with _evaluating(self.model):
+            for start in range(0, len(rows), batch_size):
+                batch, labels = rows[start : start + batch_size], soft[start : start + batch_size]
+                input_ids, mask = self.pad([row.input_ids for row in batch], "right")
+                targets = [torch.tensor(row.labels) for row in batch]
+                targets_BT = pad_sequence(targets, batch_first=True, padding_value=IGNORE)
+                first = first_kept(targets_BT != IGNORE)
+                logits_BTV = logits_from(self.model, input_ids, mask, first)
+                targets_BT = targets_BT[:, first:].to(self.device)
+                found += [_scores(*each) for each in zip(logits_BTV, targets_BT, labels, strict=True)]
         return found
 
     def pad(self, rows: Sequence[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -231,8 +234,19 @@ def logits_from(model: Any, input_ids: torch.Tensor, mask: torch.Tensor, first: 
     The head does not run on the prompt: there its logits are the largest tensor of a step, and are thrown away.
     """
     kept = input_ids.shape[1] - first + 1
-    logits: torch.Tensor = model(input_ids=input_ids, attention_mask=mask, logits_to_keep=kept).logits
+    logits: torch.Tensor = model(input_ids=input_ids, attention_mask=mask, logits_to_keep=kept, use_cache=False).logits
     return logits[:, -kept:-1]  # a model that takes no `logits_to_keep` returns them all
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode, and back."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 @contextmanager

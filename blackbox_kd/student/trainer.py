@@ -74,11 +74,15 @@ class SoftCollator(DataCollatorForLanguageModeling):  # type: ignore[misc]
         if TEACHER_COLUMNS[0] not in examples[0]:
             return batch
         kept_BT = batch["labels"] != IGNORE
-        supervised, slots = int(kept_BT.sum()), sum(len(e[TEACHER_COLUMNS[0]]) for e in examples)
-        if slots % supervised:
-            raise AlignmentError(f"{slots} alternatives for {supervised} supervised tokens: TRL changed the rows")
+        sizes = [(len(e[TEACHER_COLUMNS[0]]), n) for e, n in zip(examples, kept_BT.sum(1).tolist(), strict=True)]
+        k = sizes[0][0] // max(1, sizes[0][1])
+        if wrong := [(slots, n) for slots, n in sizes if slots != k * n]:
+            raise AlignmentError(
+                f"{wrong[0][0]} alternatives for {wrong[0][1]} supervised tokens, where a token has {k}: TRL changed a "
+                "row; set sft.trainer back to defaults"
+            )
         for name, empty in zip(TEACHER_COLUMNS, (0, float("-inf")), strict=True):
-            values_SK = torch.cat([torch.tensor(e[name]) for e in examples]).view(supervised, -1)
+            values_SK = torch.cat([torch.tensor(e[name]) for e in examples]).view(-1, k)
             whole_BTK = torch.full((*kept_BT.shape, values_SK.shape[1]), empty, dtype=values_SK.dtype)
             whole_BTK[kept_BT] = values_SK
             batch[name] = whole_BTK
@@ -94,14 +98,18 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, soft_loss: SoftLossConfig, **kwargs: Any) -> None:
         """Raises:
-        AlignmentError: the soft labels of the training set, as they reach the loss, are not about its tokens.
+        AlignmentError: the soft labels of a set, as they reach the loss, are not about its tokens.
         """
         super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = (
+            True  # `compute_loss` counts the whole step, whatever the model's forward takes
+        )
         self._soft_loss = soft_loss
         self._eval_sums: dict[str, float] = {}
         self._eval_tokens = 0.0
-        if TEACHER_COLUMNS[0] in self.train_dataset.column_names:
-            check_collated(self.data_collator, self.train_dataset)
+        for rows in (self.train_dataset, self.eval_dataset):
+            if rows is not None and TEACHER_COLUMNS[0] in rows.column_names:
+                check_collated(self.data_collator, rows)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -120,15 +128,15 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
                 loss = loss * self.accelerator.num_processes  # data parallelism averages gradients, our loss is a sum
         else:
             loss, metrics = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch), {}
-            metrics = {} if self.model.training else {"nll": float(loss)}
+            metrics = {} if self.model.training else {"nll": float(loss.detach())}
         if not self.model.training:
-            for name, value in ({"loss": float(loss)} | metrics).items():
+            for name, value in ({"loss": float(loss.detach())} | metrics).items():
                 self._eval_sums[name] = self._eval_sums.get(name, 0.0) + value * float(tokens)
             self._eval_tokens += float(tokens)
-        elif metrics:
-            share = float(num_items_in_batch or tokens) / float(tokens)
+        elif metrics:  # TRL logs their mean over micro-batches; each holds its part of the mean over the step's tokens
+            parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             for name, value in metrics.items():
-                self._metrics["train"][name].append(value * share)
+                self._metrics["train"][name].append(value * parts * self.accelerator.num_processes)
         return loss
 
     def _soft(self, model: Any, inputs: Mapping[str, Any], normalizer: Any) -> tuple[torch.Tensor, dict[str, float]]:

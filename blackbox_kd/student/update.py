@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
@@ -69,8 +69,12 @@ class Updater:
         """The optimiser's state."""
         torch.save(self.optimizer.state_dict(), path)
 
-    def run(self, samples: Sequence[TrainSample], seed: int) -> list[dict[str, float]]:
-        """Metrics of each optimiser step on `samples`; every rank is given all of them.
+    def run(
+        self, samples: Sequence[TrainSample], seed: int, after_step: Callable[[int], None] | None = None
+    ) -> list[dict[str, float]]:
+        """Metrics of each optimiser step on `samples`, of which every rank is given all.
+
+        `after_step` is told the number of each step, from 1.
 
         Raises:
             TrainingError: nothing to learn from, or a loss that is not a number.
@@ -84,6 +88,8 @@ class Updater:
             for step in steps:
                 metrics.append(self._step(step))
                 progress.advance(note=f"loss {metrics[-1]['loss']:.3f}")
+                if after_step:
+                    after_step(len(metrics))
         self.model.eval()
         return metrics
 
