@@ -27,6 +27,9 @@ def main(options: dict[str, object]) -> None:
     params.n_parallel = int(str(options["slots"]))
     params.n_ctx = params.n_parallel * int(str(options["context_length"]))
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(str(options["threads"]))
+    # llama.cpp draws from the 40 likeliest tokens, and of these from those above 5% of the likeliest, unless told not
+    # to: then a text at temperature 1 is from another distribution than the logprobs beside it.
+    params.sampling.top_k, params.sampling.top_p, params.sampling.min_p = 0, 1.0, 0.0
     server = xllamacpp.Server(params)
     url = str(server.listening_address).rstrip("/")
     while httpx.get(f"{url}/health", timeout=30, trust_env=False).status_code != 200:
