@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +13,12 @@ from blackbox_kd.errors import AlignmentError
 from blackbox_kd.progress import say
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.student.vocabulary import student_vocab
+from blackbox_kd.types import TeacherTokens
+
+NARROW = -5.0
+"""Below this, text and logprobs are of two distributions."""
+SMALLEST_TAIL = 1e-6
+"""Of the mass outside the top-k; less is rounding."""
 
 
 class Labelled(NamedTuple):
@@ -22,6 +28,8 @@ class Labelled(NamedTuple):
     """None where the scorer gave no logprobs, or they are not those of the text."""
     same: bool
     """One tokenizer on both sides: then a tail-KL is never above the true KL."""
+    surprise_z: float = 0.0
+    """See `surprise_z`."""
 
     def metrics(self) -> dict[str, float]:
         """`coverage` (of tokens), `captured_mass` and `ambiguous_mass` (mean of labelled tokens); {} without labels."""
@@ -33,6 +41,7 @@ class Labelled(NamedTuple):
             "coverage": sum(labelled) / tokens,
             "captured_mass": self._mean("mapped", labelled),
             "ambiguous_mass": self._mean("ambiguous", labelled),
+            "surprise_z": self.surprise_z,
         }
 
     def _mean(self, name: str, labelled: Sequence[int]) -> float:
@@ -43,6 +52,28 @@ class Labelled(NamedTuple):
 def labelled_tokens(labels: SoftLabels | None) -> int:
     """How many tokens of an answer have a label."""
     return 0 if labels is None else int((labels.logprobs > -np.inf).any(1).sum())
+
+
+def surprise_z(scored: Iterable[TeacherTokens]) -> float:
+    """Standard score of how surprising the drawn tokens are beside what their own logprobs promise.
+
+    Text that is drawn from these distributions has `-log p` of mean `H_t` (entropy of the top-k and one bucket for the
+    rest), so this is near N(0, 1). Far below 0, the endpoint draws from a narrower distribution than it shows: a lower
+    temperature, or a top_k, top_p or min_p of its own. Then text and soft labels are two different targets.
+    """
+    deficit = variance = 0.0
+    for tokens in scored:
+        if not tokens.top_ids.size:
+            continue
+        p = np.exp(tokens.top_logprobs)
+        p = np.concatenate([p, np.clip(1 - p.sum(1, keepdims=True), SMALLEST_TAIL, 1)], 1)
+        drawn = tokens.top_ids == tokens.token_ids[:, None]
+        drawn = np.concatenate([drawn, ~drawn.any(1, keepdims=True)], 1) & (p > 0)
+        nats = -np.log(p, where=p > 0, out=np.zeros_like(p))
+        mean = (p * nats).sum(1)
+        deficit += float(((nats * drawn).sum(1) / np.maximum(drawn.sum(1), 1) - mean).sum())
+        variance += float(((p * nats**2).sum(1) - mean**2).sum())
+    return deficit / variance**0.5 if variance > 0 else 0.0
 
 
 def label(corpus: Corpus, renderer: Renderer, model: str, scorer: str, answers: Sequence[tuple[str, str]]) -> Labelled:
@@ -72,4 +103,10 @@ def label(corpus: Corpus, renderer: Renderer, model: str, scorer: str, answers: 
                 wrong.append(str(error))
     if wrong:
         say(f"soft labels: {len(wrong)} of {len(answers)} answers have none, their tokens do not fit ({wrong[0]})")
-    return Labelled(labels, same)
+    z = surprise_z(scored.values())
+    if z < NARROW:
+        say(
+            f"soft labels: the answers are less surprising than their own logprobs promise (z {z:.1f}): the endpoint "
+            "draws from a narrower distribution than it shows (a top_k or min_p of its own?), see teacher.extra_body"
+        )
+    return Labelled(labels, same, z)

@@ -1,0 +1,42 @@
+"""Whether text and logprobs are of one distribution."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from blackbox_kd.soft_labels import NARROW, surprise_z
+from blackbox_kd.types import TeacherTokens
+
+VOCAB, K, TOKENS = 50, 20, 400
+
+
+def drawn(rng: np.random.Generator, narrow: float) -> TeacherTokens:
+    """TOKENS draws from flat to peaked distributions, of tokens that have at least `narrow` of the likeliest's mass."""
+    logits = rng.normal(size=(TOKENS, VOCAB)) * rng.uniform(0.5, 6, (TOKENS, 1))
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    kept = np.where(p >= narrow * p.max(1, keepdims=True), p, 0)
+    kept /= kept.sum(1, keepdims=True)
+    ids = np.array([rng.choice(VOCAB, p=row) for row in kept])
+    top = np.argsort(-p, 1)[:, :K]
+    return TeacherTokens(ids, np.log(p[np.arange(TOKENS), ids]), top, np.log(np.take_along_axis(p, top, 1)))
+
+
+def test_text_drawn_from_its_own_logprobs_has_a_standard_score() -> None:
+    rng = np.random.default_rng(0)
+    scores = [surprise_z([drawn(rng, 0.0)]) for _ in range(200)]
+    assert abs(np.mean(scores)) < 0.25
+    assert 0.8 < np.std(scores) < 1.2
+    assert min(scores) > NARROW
+
+
+@pytest.mark.parametrize("narrow", [0.05, 1.0], ids=["min_p", "greedy"])
+def test_an_endpoint_that_cuts_its_tail_is_noticed(narrow: float) -> None:
+    rng = np.random.default_rng(1)
+    assert surprise_z([drawn(rng, narrow) for _ in range(8)]) < NARROW
+
+
+def test_answers_without_alternatives_say_nothing() -> None:
+    empty = TeacherTokens(np.array([1]), np.array([-1.0]), np.zeros((1, 0)), np.zeros((1, 0)))
+    assert surprise_z([empty]) == 0.0
+    assert surprise_z([]) == 0.0
