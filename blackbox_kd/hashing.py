@@ -27,6 +27,15 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
+def draw_seed(seed: int, messages: Any, sample_idx: int) -> int:
+    """A 31-bit seed for one draw of one question.
+
+    Each question has its own: servers draw by a generator that starts from the seed, so that under a shared one the
+    same token of every answer would be drawn by the same random number.
+    """
+    return int(content_id([seed, messages, sample_idx])[:8], 16) >> 1
+
+
 def phase_seed(seed: int, round_: int, phase: str) -> int:
     """A 31-bit seed for one phase of one round, so that a resumed round repeats what a killed one did."""
     digest = hashlib.sha256(f"{seed}/{round_}/{phase}".encode()).digest()

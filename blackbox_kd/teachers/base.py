@@ -112,7 +112,7 @@ class TeacherConfig(Section):
     """Name that the endpoint knows the model by."""
     prompt: TeacherPromptConfig = TeacherPromptConfig()
     seed: int | None = 0
-    """seed + sample_idx is sent with each request; null sends none."""
+    """Each draw of each question is sent a seed of its own that is hashed from this; null sends none."""
     concurrency: int = Field(8, ge=1)
     """Most requests in flight at once; the limiter starts with a few and finds out how many are worth it."""
     timeout_s: float = Field(600.0, gt=0)

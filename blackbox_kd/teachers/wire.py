@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from blackbox_kd.errors import TeacherError, TransientError
+from blackbox_kd.hashing import draw_seed
 from blackbox_kd.teachers.base import TeacherConfig
 from blackbox_kd.teachers.failures import error_of
 from blackbox_kd.teachers.scores import array_tokens
@@ -29,7 +30,7 @@ def chat_body(
     if sampling.top_logprobs is not None:
         body |= {"logprobs": True, "top_logprobs": sampling.top_logprobs}
     if config.seed is not None:
-        body["seed"] = config.seed + sample_idx
+        body["seed"] = draw_seed(config.seed, messages, sample_idx)
     if config.reasoning_effort is not None:
         body["reasoning_effort"] = config.reasoning_effort
     body |= config.extra_body
