@@ -16,6 +16,7 @@ import yaml
 
 from blackbox_kd import sample
 from blackbox_kd.corpus import Corpus
+from blackbox_kd.hashing import draw_seed
 from blackbox_kd.project import stage_main
 from tests.fakes import FakeAPI, chat_reply, error_reply, served, unused_port
 
@@ -88,7 +89,7 @@ def test_the_stage_asks_each_train_prompt_and_prints_its_summary(
     assert "0 of 4 questions were answered before, 4 new answers (4 stop)" in shown.err
     assert sorted(api.bodies, key=str)[0] == {
         "model": "m", "messages": [{"role": "user", "content": "train 0"}], "temperature": 1.0, "top_p": 1.0,
-        "max_tokens": 9, "seed": 0,
+        "max_tokens": 9, "seed": draw_seed(0, [{"role": "user", "content": "train 0"}], 0),
     }  # fmt: skip
     corpus = corpus_of(tmp_path)
     assert corpus.rows("SELECT split, count(*) FROM prompts GROUP BY ALL ORDER BY ALL") == [
@@ -142,11 +143,13 @@ def test_several_draws_have_their_own_number_and_seed_and_more_of_them_ask_only_
     with served(FakeAPI()) as api:
         config = write_config(tmp_path, api.url, teacher={"seed": 100})
         assert sample.main(["--config", config]) == 0
-        assert {body["seed"] for body in api.bodies} == {100}
         assert sample.main(["--config", config, "--sample.n", "3"]) == 0
     assert answers(tmp_path) == train(4, draws=3)
-    asked = sorted((body["messages"][0]["content"], body["seed"]) for body in api.bodies)
-    assert asked == [(f"train {i}", seed) for i in range(4) for seed in (100, 101, 102)]
+    assert len(api.bodies) == 12
+    assert {(body["messages"][0]["content"], body["seed"]) for body in api.bodies} == {
+        (f"train {i}", draw_seed(100, [{"role": "user", "content": f"train {i}"}], draw))
+        for i in range(4) for draw in range(3)
+    }  # fmt: skip
 
 
 def test_without_a_seed_several_draws_are_still_several_questions(tmp_path: Path) -> None:

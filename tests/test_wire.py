@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from blackbox_kd.errors import RateLimited, RequestRejected, TeacherError, TeacherRefused, TransientError
+from blackbox_kd.hashing import draw_seed
 from blackbox_kd.teachers.failures import error_of, retry_after
 from blackbox_kd.teachers.openai import OpenAITeacherConfig
 from blackbox_kd.teachers.wire import CHECKED_REPLIES, Decoder, chat_body, usage_of
@@ -37,7 +38,8 @@ def choice(text: str | None, index: int = 0, **message: Any) -> dict[str, Any]:
 def test_a_body_holds_the_sampling_parameters_and_nothing_that_was_not_asked_for() -> None:
     sampling = SamplingParams(temperature=0.7, top_p=0.9, max_completion_length=40)
     assert body(sampling) == {
-        "model": "m", "messages": MESSAGES, "temperature": 0.7, "top_p": 0.9, "max_tokens": 40, "seed": 0,
+        "model": "m", "messages": MESSAGES, "temperature": 0.7, "top_p": 0.9, "max_tokens": 40,
+        "seed": draw_seed(0, MESSAGES, 0),
     }  # fmt: skip
 
 
@@ -53,8 +55,15 @@ def test_the_token_limit_goes_by_the_name_that_the_endpoint_wants() -> None:
     assert "max_tokens" not in made
 
 
-def test_each_draw_has_its_own_seed() -> None:
-    assert [body(draw=draw, seed=100)["seed"] for draw in range(3)] == [100, 101, 102]
+def test_each_draw_of_each_question_has_its_own_seed() -> None:
+    asked = [(seed, messages, draw) for seed in (0, 100) for messages in (MESSAGES, MESSAGES[-1:]) for draw in range(3)]
+    seeds = [
+        chat_body(TeacherConfig(model="m", seed=seed), messages, SamplingParams(), draw)["seed"]
+        for seed, messages, draw in asked
+    ]
+    assert seeds == [draw_seed(*each) for each in asked]
+    assert len(set(seeds)) == len(asked)
+    assert all(0 <= seed < 2**31 for seed in seeds)
 
 
 def test_without_a_seed_none_is_sent() -> None:
