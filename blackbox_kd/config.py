@@ -141,9 +141,9 @@ class UpdateConfig(Section):
 
     learning_rate: float = Field(1e-4, gt=0)
     batch_size: int = Field(8, ge=1)
-    """Samples per optimiser step, over all ranks."""
+    """Samples (or pairs) per optimiser step, over all ranks."""
     micro_batch_size: int = Field(8, ge=1)
-    """Samples per forward pass; changes memory, never the gradient."""
+    """Samples (or pairs) per forward pass; changes memory, never the gradient."""
     num_epochs: int = Field(1, ge=1)
     """Passes over a round's samples."""
     max_steps: int | None = Field(None, ge=1)

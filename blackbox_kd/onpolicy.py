@@ -100,7 +100,8 @@ async def run(project: Project) -> dict[str, Any]:
         project.log("onpolicy", metric_rows(name, round_, metrics, steps))
         student.policy = student.policy_of(run_dir.checkpoint(name))
         rounds[name] = {**metrics, "loss": steps[-1]["loss"]}
-        say(f"onpolicy: {name}: {len(rollouts)} rollouts, {len(outcome.samples)} targets, {len(replayed)} replayed, "
+        say(f"onpolicy: {name}: {len(rollouts)} rollouts, {len(outcome.feedback)} with feedback, "
+            f"{len(replayed)} replayed, "
             f"{len(steps)} steps, loss {steps[0]['loss']:.3f} -> {steps[-1]['loss']:.3f}")  # fmt: skip
     return {"rounds": rounds}
 

@@ -34,7 +34,9 @@ async def run(project: Project) -> dict[str, Any]:
 def check(project: Project) -> None:
     """Everything that can be known to be wrong before anything is paid."""
     config = project.config
-    sft.trainer_config(config, project.run_dir.path / "trainer", has_dev=config.sft.dev_fraction > 0)
+    args = sft.trainer_config(config, project.run_dir.path / "trainer", has_dev=config.sft.dev_fraction > 0)
+    if config.sft.soft_labels and config.sample.top_logprobs:
+        sft.check_soft(args)
     student = Student(config.student, seed=config.seed)
     config.onpolicy.algorithm.build(project.teacher, student.renderer)
     for split in SPLITS:

@@ -13,7 +13,8 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -22,7 +23,8 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from transformers.trainer_utils import get_last_checkpoint
 
 from blackbox_kd.align import SoftLabels
-from blackbox_kd.errors import AlignmentError, ConfigError, TrainingError
+from blackbox_kd.errors import AlignmentError, BlackboxKDError, ConfigError, TrainingError
+from blackbox_kd.hashing import content_id
 from blackbox_kd.model_card import write_card
 from blackbox_kd.progress import Counter, counting, say
 from blackbox_kd.project import Config, Project, stage_main
@@ -63,7 +65,8 @@ async def run(project: Project) -> dict[str, Any]:
         )
     say(f"sft: {len(train_rows)} train and {len(dev_rows)} dev rows")
     work = run_dir.path / "trainer"
-    keep_if_same(work, settings)
+    seen = [(completion_id, row.soft is not None) for (_, completion_id, _), row in zip(answers, rows, strict=True)]
+    keep_if_same(work, settings | {"rows": content_id(seen)})
     trainer = build_trainer(student, config, train_rows, dev_rows, work)
     trainer.add_callback(_Looks(Looks(project, student)))
     with counting("sft", trainer_steps(trainer)) as progress:
@@ -158,6 +161,7 @@ def trainer_config(config: Config, work: Path, *, has_dev: bool) -> TrlConfig:
         "logging_steps": 5,
         "save_strategy": "epoch",
         "save_total_limit": 2,
+        "restore_callback_states_from_checkpoint": True,  # how long it has waited for a better dev loss
         "disable_tqdm": True,
     }
     if on_cpu:
@@ -170,10 +174,25 @@ def trainer_config(config: Config, work: Path, *, has_dev: bool) -> TrlConfig:
             "load_best_model_at_end": True,
             "metric_for_best_model": "eval_loss",
         }
+    # YAML reads a bare `no` as false
+    given = {
+        key: "no" if key.endswith("_strategy") and value is False else value
+        for key, value in config.sft.trainer.items()
+    }
+    with _one_line():
+        return TrlConfig(**{**defaults, **given})
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """What TRL says of its options, as it stands in the user's file."""
     try:
-        return TrlConfig(**{**defaults, **config.sft.trainer})
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"sft.trainer: {str(error).replace('SFTConfig.__init__() ', '')}") from error
+        yield
+    except BlackboxKDError:
+        raise
+    except (TypeError, ValueError, NotImplementedError) as error:
+        said = " ".join(str(error).replace("SFTConfig.__init__() ", "").split())
+        raise ConfigError(f"sft.trainer: {said}") from error
 
 
 def check_values(block: dict[str, Any]) -> None:
@@ -203,16 +222,17 @@ def build_trainer(
     args = trainer_config(config, work, has_dev=bool(dev))
     if any(row.soft for row in (*train, *dev)):
         check_soft(args)
-    trainer = DistillationTrainer(
-        model=student.model,
-        args=args,
-        train_dataset=_dataset(train),
-        eval_dataset=_dataset(dev) if dev else None,
-        processing_class=student.tokenizer,
-        data_collator=None if args.padding_free else SoftCollator(student.renderer.end_id),
-        callbacks=stopping,
-        soft_loss=config.sft.soft,
-    )
+    with _one_line():
+        trainer = DistillationTrainer(
+            model=student.model,
+            args=args,
+            train_dataset=_dataset(train),
+            eval_dataset=_dataset(dev) if dev else None,
+            processing_class=student.tokenizer,
+            data_collator=None if args.padding_free else SoftCollator(student.renderer.end_id),
+            callbacks=stopping,
+            soft_loss=config.sft.soft,
+        )
     for talkative in (PrinterCallback, ProgressCallback):  # they print to stdout, which is for results
         trainer.remove_callback(talkative)
     check_rows(train, trainer.train_dataset)
@@ -243,12 +263,22 @@ def check_soft(args: TrlConfig) -> None:
 
 
 def trainer_steps(trainer: DistillationTrainer) -> int:
-    """Optimiser steps, unless it stops early."""
+    """Optimiser steps, unless it stops early.
+
+    Raises:
+        TrainingError: none.
+        ConfigError: options that make no batch.
+    """
     args = trainer.args
     if args.max_steps > 0:
         return int(args.max_steps)
-    per_epoch = -(-len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps)
-    return int(per_epoch * args.num_train_epochs)
+    with _one_line():
+        per_epoch = -(-len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps)
+    if (steps := int(per_epoch * args.num_train_epochs)) < 1:
+        raise TrainingError(
+            f"sft.trainer: no step to train (num_train_epochs {args.num_train_epochs}, {per_epoch} batches an epoch)"
+        )
+    return steps
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]

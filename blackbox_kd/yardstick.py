@@ -85,7 +85,7 @@ def captured(project: Project) -> FixedSet:
     """What the corpus holds of the fixed set; asks nobody."""
     prompts = evaluation_prompts(project)
     asked = list(fixed_questions(project.config.evaluate, project.teacher, prompts))
-    found = project.corpus.answers([request.request_key for pair in asked for request in pair])
+    found = project.corpus.answers([request.request_key for pair in asked for request in pair], logprobs=False)
     answers = []
     for prompt, pair in zip(prompts, asked, strict=True):
         one, two = (next(iter(found.get(request.request_key, ())), None) for request in pair)
@@ -162,9 +162,11 @@ class Yardstick:
         for name, field in (("captured_mass", "mapped"), ("ambiguous_mass", "ambiguous")):
             masses = [getattr(self._soft.labels[i], field, 0.0) * n for i, n in zip(mine, counts, strict=True)]
             found[name] = interval(masses, draws, weights=counts)
-        kl, decile = np.concatenate([s.tail_kl for s in scores]), np.concatenate([self._deciles[i] for i in mine])
-        for d in np.unique(decile[decile >= 0]).tolist():
-            found[f"tail_kl_decile_{d}"] = interval(kl[decile == d].tolist(), draws)
+        for d in range(DECILES):
+            inside = [self._deciles[i] == d for i in mine]
+            if any(each.any() for each in inside):
+                sums = [float(s.tail_kl[each].sum()) for s, each in zip(scores, inside, strict=True)]
+                found[f"tail_kl_decile_{d}"] = interval(sums, draws, weights=[int(each.sum()) for each in inside])
         return found
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from blackbox_kd import sft
+from blackbox_kd.__main__ import main
 from blackbox_kd.config import StudentConfig, load_config
 from blackbox_kd.errors import AlignmentError, ConfigError
 from blackbox_kd.project import Config, overrides
@@ -373,3 +375,36 @@ def test_a_score_leaves_mode_and_draws_as_they_were(training: bool, student: Stu
     with pytest.raises(AlignmentError):
         student.score([row], [teacher_of(rendered(student, "one"))], batch_size=1)
     assert student.model.training is training
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [("assistant_only_loss=true", "sft.trainer: "), ("num_train_epochs=0", "sft.trainer: no step to train"),
+     ("eos_token=<foo>", "sft.trainer: "), ("label_smoothing_factor=0.1", "sft.trainer.label_smoothing_factor")],
+)  # fmt: skip
+def test_options_that_cannot_work_are_one_line(
+    project_file: Path, capsys: pytest.CaptureFixture[str], flag: str, said: str
+) -> None:
+    key, _, value = flag.partition("=")
+    assert main(["sample", "--config", str(project_file)]) == 0
+    capsys.readouterr()
+    assert main(["sft", "--config", str(project_file), f"--sft.trainer.{key}", value]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: {said}")
+
+
+def test_a_bare_no_for_a_strategy_means_no(project_file: Path) -> None:
+    assert main(["sample", "--config", str(project_file)]) == 0
+    flags = ["--sft.trainer.save_strategy", "no", "--sft.dev_fraction", "0"]
+    assert main(["sft", "--config", str(project_file), *flags]) == 0
+
+
+def test_a_killed_sft_does_not_go_on_with_other_rows(tmp_path: Path) -> None:
+    settings = {"seed": 1}
+    sft.keep_if_same(tmp_path / "trainer", settings | {"rows": "a"})
+    (tmp_path / "trainer" / "checkpoint-2").mkdir()
+    (tmp_path / "trainer" / "checkpoint-2" / "trainer_state.json").touch()
+    sft.keep_if_same(tmp_path / "trainer", settings | {"rows": "a"})
+    assert (tmp_path / "trainer" / "checkpoint-2").exists()
+    sft.keep_if_same(tmp_path / "trainer", settings | {"rows": "b"})
+    assert not (tmp_path / "trainer" / "checkpoint-2").exists()

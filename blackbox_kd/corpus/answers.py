@@ -32,16 +32,18 @@ def settled(con: duckdb.DuckDBPyConnection, keys: Sequence[str]) -> tuple[set[st
     return {key for (key,) in answered}, {key for (key,) in dead}
 
 
-def answers(con: duckdb.DuckDBPyConnection, keys: Sequence[str]) -> dict[str, list[Completion]]:
-    """What is known already: request_key -> its choices in order, with logprobs."""
+def answers(
+    con: duckdb.DuckDBPyConnection, keys: Sequence[str], *, logprobs: bool = True
+) -> dict[str, list[Completion]]:
+    """What is known already: request_key -> its choices in order, with their logprobs or without."""
     select = f"""SELECT {", ".join(_COMPLETION_COLUMNS)} FROM completions
                  SEMI JOIN (SELECT unnest(?::UUID[]) AS request_key) USING (request_key)
                  ORDER BY request_key, choice_idx"""
     rows = con.execute(select, [list(keys)]).fetchall()
-    logprobs = _logprobs(con, [row[0] for row in rows])
+    scored = _logprobs(con, [row[0] for row in rows]) if logprobs else {}
     found: dict[str, list[Completion]] = {}
     for row in rows:
-        completion = _completion(row, logprobs.get(str(row[0])))
+        completion = _completion(row, scored.get(str(row[0])))
         found.setdefault(completion.request_key, []).append(completion)
     return found
 

@@ -151,10 +151,10 @@ class Corpus:
             found = answers(con, sorted(answered)) if with_answers and answered else {}
         return Known(answered, dead - answered, found)
 
-    def answers(self, keys: Sequence[str]) -> dict[str, list[Completion]]:
-        """What is known already: request_key -> its choices in order, with logprobs."""
+    def answers(self, keys: Sequence[str], *, logprobs: bool = True) -> dict[str, list[Completion]]:
+        """What is known already: request_key -> its choices in order, with their logprobs or without."""
         with self.connect() as con:
-            return answers(con, keys)
+            return answers(con, keys, logprobs=logprobs)
 
     def scored_tokens(self, completion_ids: Sequence[str], scorer: str) -> dict[str, TeacherTokens]:
         """completion_id -> its tokens as `scorer` saw them, as arrays; what it did not score is left out."""

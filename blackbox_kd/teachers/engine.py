@@ -57,7 +57,6 @@ class Engine:
         self._stack = AsyncExitStack()
         self._connecting = asyncio.Lock()
         self._open: list[Work] = []
-        self._in_batches: set[str] = set()
         self.asked = self.cached = 0
         self.missing = MissingLogprobs(config.require_logprobs)
 
@@ -137,7 +136,6 @@ class Engine:
     async def _answers(
         self, work: Work, requests: Iterable[Request], round_: int, known: bool
     ) -> AsyncGenerator[list[Completion], None]:
-        self._in_batches = {key for batch in Ledger(self._corpus.path).batches() for key in batch.keys}
         with (
             Claims(self._corpus.path, work.open) as claims,
             Writer(self._corpus, claims) as writer,
@@ -173,7 +171,7 @@ class Engine:
     async def _queue(self, chunk: list[Request], work: Work, claims: Claims, known: bool) -> list[Request]:
         """Queue what of a chunk is to be asked; returns those that another run asks just now."""
         unique = {request.request_key: request for request in chunk}
-        in_batches = self._in_batches & unique.keys()
+        in_batches = unique.keys() & {key for batch in Ledger(self._corpus.path).batches() for key in batch.keys}
         if in_batches:
             say(f"{len(in_batches)} questions are in a batch and not asked here: --sample.batch true waits for them")
         ours = claims.mine & unique.keys()  # they stand twice among the requests
