@@ -16,7 +16,7 @@ from blackbox_kd.student.vocabulary import student_vocab
 
 
 class Labelled(NamedTuple):
-    """Soft labels of some answers; sums and counts are over the tokens of all of them."""
+    """Soft labels of some answers."""
 
     labels: list[SoftLabels | None]
     """None where the scorer gave no logprobs, or they are not those of the text."""
@@ -24,7 +24,9 @@ class Labelled(NamedTuple):
     """One tokenizer on both sides: then a tail-KL is never above the true KL."""
 
     def metrics(self) -> dict[str, float]:
-        """`coverage` (of tokens), `captured_mass` and `ambiguous_mass` (mean of labelled tokens); {} without labels."""
+        """`coverage` (of the tokens of answers that have labels), `captured_mass` and `ambiguous_mass` (means over
+        labelled tokens); {} without labels.
+        """
         tokens = sum(len(each.ids) for each in self.labels if each is not None)
         labelled = [labelled_tokens(each) for each in self.labels]
         if not sum(labelled):
