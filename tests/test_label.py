@@ -1,4 +1,4 @@
-"""The teacher's top-k out of a real corpus, in the student's tokens."""
+"""`label`: the teacher's top-k out of a real corpus, in the student's tokens."""
 
 from __future__ import annotations
 
