@@ -111,8 +111,9 @@ class Config(Section):
         wanted = self.sft.soft_labels and self.sample.top_logprobs
         if wanted and drawn != (1, 1) and not self.sft.allow_temperature_mismatch:
             raise ValueError(
-                "sft.soft_labels: API logprobs are those of temperature 1 and top_p 1, but sample draws its text at "
-                f"{drawn[0]:g} and {drawn[1]:g}; set sft.soft_labels false, or sft.allow_temperature_mismatch true"
+                "sft.soft_labels: API logprobs are those of temperature 1 and top_p 1, but sample draws its text "
+                f"at {drawn[0]:g} and {drawn[1]:g}; set sft.soft_labels to false, or "
+                "sft.allow_temperature_mismatch to true"
             )
         return self
 

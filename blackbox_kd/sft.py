@@ -32,7 +32,7 @@ from blackbox_kd.soft_labels import label, labelled_tokens
 from blackbox_kd.student.load import pick_device
 from blackbox_kd.student.render import Rendered
 from blackbox_kd.student.student import Student
-from blackbox_kd.student.trainer import DistillationTrainer, SoftCollator, TrlConfig, dataset
+from blackbox_kd.student.trainer import DistillationTrainer, SoftCollator, TrlConfig, check_soft, dataset
 from blackbox_kd.types import Prompt, scorer
 from blackbox_kd.yardstick import Looks
 
@@ -249,19 +249,6 @@ def check_rows(ours: Sequence[Row], theirs: Iterable[dict[str, Any]]) -> None:
         raise AlignmentError("TRL changed the tokens or labels of a row; set sft.trainer back to defaults")
 
 
-def check_soft(args: TrlConfig) -> None:
-    """Soft labels stay beside their tokens, and have a loss of their own.
-
-    Raises:
-        ConfigError: a key of `sft.trainer` that would drop them, or that their loss does not know.
-    """
-    for key in ("padding_free", "label_smoothing_factor"):
-        if value := getattr(args, key):
-            raise ConfigError(f"sft.trainer.{key} is {value}, and soft labels do not go with it; {NO_SOFT}")
-    if args.loss_type != "nll":
-        raise ConfigError(f"sft.trainer.loss_type is {args.loss_type!r}, and soft labels are learnt by nll; {NO_SOFT}")
-
-
 def trainer_steps(trainer: DistillationTrainer) -> int:
     """Optimiser steps, unless it stops early.
 
@@ -312,8 +299,6 @@ class _Looks(TrainerCallback):  # type: ignore[misc]
 def _dataset(rows: list[Row]) -> datasets.Dataset:
     return dataset([row.rendered for row in rows], [row.soft for row in rows])
 
-
-NO_SOFT = "leave it out, or set sft.soft_labels to false"
 
 LOGGED = {
     "loss": ("train", "loss"), "nll": ("train", "nll"), "topk_kl": ("train", "topk_kl"),

@@ -22,7 +22,7 @@ SMALLEST_TAIL = 1e-6
 
 
 class Labelled(NamedTuple):
-    """Soft labels of some answers; sums and counts are over the tokens of all of them."""
+    """Soft labels of some answers."""
 
     labels: list[SoftLabels | None]
     """None where the scorer gave no logprobs, or they are not those of the text."""
@@ -32,7 +32,9 @@ class Labelled(NamedTuple):
     """See `surprise_z`."""
 
     def metrics(self) -> dict[str, float]:
-        """`coverage` (of tokens), `captured_mass` and `ambiguous_mass` (mean of labelled tokens); {} without labels."""
+        """`coverage` (of the tokens of answers that have labels), `captured_mass` and `ambiguous_mass` (means over
+        labelled tokens); {} without labels.
+        """
         tokens = sum(len(each.ids) for each in self.labels if each is not None)
         labelled = [labelled_tokens(each) for each in self.labels]
         if not sum(labelled):

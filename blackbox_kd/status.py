@@ -30,8 +30,9 @@ QUESTIONS = {
     "sum(unknown)::BIGINT AS unknown, sum(prompt_tokens)::BIGINT AS prompt_tokens, "
     "sum(completion_tokens)::BIGINT AS completion_tokens, sum(cost_usd) AS cost_usd "
     "FROM (SELECT * EXCLUDE (model) FROM spend) JOIN runs USING (run_id) GROUP BY ALL ORDER BY ALL",
-    "heldout": "SELECT run_dir, checkpoint, name, round(value, 3) AS value, round(lo, 3) AS lo, round(hi, 3) AS hi "
-    "FROM leaderboard JOIN runs USING (run_id) WHERE split = 'heldout' AND name IN ('teacher_nll', 'chrf')",
+    "heldout": "SELECT left(set_id, 8) AS fixed_set, run_dir, checkpoint, name, round(value, 3) AS value, "
+    "round(lo, 3) AS lo, round(hi, 3) AS hi "
+    "FROM leaderboard JOIN runs USING (run_id) WHERE split = 'heldout' AND name IN ('teacher_nll', 'tail_kl', 'chrf')",
 }
 
 BUSY_WAIT_S = 1.0

@@ -137,6 +137,15 @@ def test_the_base_model_stays_as_it_is(student: Student) -> None:
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
+def test_what_is_called_after_each_step_sees_the_student_of_that_step(student: Student) -> None:
+    seen: list[tuple[int, torch.Tensor]] = []
+    updater = Updater(student, UpdateConfig(learning_rate=1e-2, batch_size=4, max_steps=3))
+    updater.run(samples(student), 0, lambda step: seen.append((step, adapter(student))))
+    assert [step for step, _ in seen] == [1, 2, 3]
+    assert torch.equal(seen[-1][1], adapter(student))
+    assert not torch.equal(seen[0][1], seen[1][1])
+
+
 def test_nothing_to_learn_is_an_error(student: Student) -> None:
     empty = TrainSample(sample_id="x", input_ids=[1, 2], weights={"ce": [0.0, 0.0]})
     for rows in ([], [empty]):

@@ -61,8 +61,8 @@ FROM logprobs l, unnest(range(0, len(l.top_ids))) AS t(slot)
 LEFT JOIN vocab v ON v.model = regexp_replace(l.scorer, '@[^@]*$', '') AND v.token_id = l.top_ids[t.slot + 1]
 WHERE l.k > 0 AND l.top_ids[t.slot + 1] IS NOT NULL;
 
--- Evaluation by checkpoint; rows of different set_id do not compare.
+-- Evaluation by checkpoint, a table for each set_id: rows of different ones do not compare.
 CREATE OR REPLACE VIEW leaderboard AS
-SELECT run_id, set_id, split, name, checkpoint, value, lo, hi
+SELECT set_id, run_id, split, name, checkpoint, value, lo, hi
 FROM metrics WHERE stage = 'evaluate'
-ORDER BY run_id, set_id, split, name, round, checkpoint;
+ORDER BY set_id, split, name, run_id, round, checkpoint;

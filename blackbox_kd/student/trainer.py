@@ -22,12 +22,12 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from blackbox_kd.align import SoftLabels, check_not_shifted
 from blackbox_kd.config import SoftLossConfig
-from blackbox_kd.errors import AlignmentError
+from blackbox_kd.errors import AlignmentError, ConfigError
 from blackbox_kd.losses import cross_entropy, mix, topk_kl
 from blackbox_kd.student.render import IGNORE, Rendered
 from blackbox_kd.student.student import first_kept, logits_from
 
-__all__ = ["DistillationTrainer", "SoftCollator", "TrlConfig", "dataset"]
+__all__ = ["DistillationTrainer", "SoftCollator", "TrlConfig", "check_soft", "dataset"]
 
 TEACHER_COLUMNS = ("teacher_ids", "teacher_logprobs")
 """S * K numbers a row, for its S supervised tokens."""
@@ -163,6 +163,22 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
         *totals, tokens = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").tolist()
         output.metrics.update({f"{prefix}_{name}": total / tokens for name, total in zip(names, totals, strict=True)})
         return output
+
+
+NO_SOFT = "leave it out, or set sft.soft_labels to false"
+
+
+def check_soft(args: TrlConfig) -> None:
+    """Soft labels stay beside their tokens, and have a loss of their own.
+
+    Raises:
+        ConfigError: a key of `sft.trainer` that would drop them, or that their loss does not know.
+    """
+    for key in ("padding_free", "label_smoothing_factor"):
+        if value := getattr(args, key):
+            raise ConfigError(f"sft.trainer.{key} is {value}, and soft labels do not go with it; {NO_SOFT}")
+    if args.loss_type != "nll":
+        raise ConfigError(f"sft.trainer.loss_type is {args.loss_type!r}, and soft labels are learnt by nll; {NO_SOFT}")
 
 
 def check_collated(collator: Any, rows: datasets.Dataset) -> None:
