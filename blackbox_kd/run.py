@@ -15,6 +15,7 @@ from blackbox_kd.progress import say
 from blackbox_kd.project import Project, stage_main
 from blackbox_kd.prompts import SPLITS
 from blackbox_kd.student.student import Student
+from blackbox_kd.student.trainer import check_soft
 
 
 async def run(project: Project) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def check(project: Project) -> None:
     config = project.config
     args = sft.trainer_config(config, project.run_dir.path / "trainer", has_dev=config.sft.dev_fraction > 0)
     if config.sft.soft_labels and config.sample.top_logprobs:
-        sft.check_soft(args)
+        check_soft(args)
     student = Student(config.student, seed=config.seed)
     config.onpolicy.algorithm.build(project.teacher, student.renderer)
     for split in SPLITS:
