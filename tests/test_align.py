@@ -462,6 +462,19 @@ def test_unheard_of_alternatives_are_left_out() -> None:
     assert (read(found, STUDENT), found.unmapped) == ([{"c": 0.5}], pytest.approx(0.375))
 
 
+def test_a_token_beyond_the_students_vocabulary_has_no_image() -> None:
+    """A teacher of the same tokenizer with more special tokens, which it shows as nothing."""
+    student = student_of(list("abcdef"))
+    vocab = {i: VocabToken(char, char.encode()) for i, char in enumerate("abcdef")}
+    beyond = len(student.spelled)
+    vocab |= {beyond: VocabToken("", b""), beyond + 1: VocabToken("", None)}
+    aligner = Aligner(vocab, student, end_ids=[beyond + 1])
+    assert aligner.same_ids
+    found = aligner.align("c", by_id(2, top=[beyond, beyond + 1]), [2])
+    assert read(found, student) == [{"c": 0.5}]
+    assert found.unmapped == pytest.approx(0.25)
+
+
 # --- the self-check
 
 
