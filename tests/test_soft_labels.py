@@ -10,8 +10,9 @@ import pytest
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
+from blackbox_kd.align import SoftLabels
 from blackbox_kd.corpus import Corpus
-from blackbox_kd.soft_labels import NARROW, label, surprise_z
+from blackbox_kd.soft_labels import NARROW, Labelled, label, surprise_z
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.types import TeacherTokens
 from tests.records import CONTEXT, answered, completion, request, token
@@ -67,3 +68,17 @@ def test_a_tokenizer_that_changes_texts_has_no_soft_labels(
     assert (found.metrics() == {}) is lowercase
     said = capsys.readouterr().err
     assert said.count("no soft labels: the student's tokens spell") == said.count("\n") == lowercase
+
+
+def test_masses_are_means_over_the_labelled_tokens_of_all_answers() -> None:
+    def labels(*masses: float, tokens: int) -> SoftLabels:
+        p = np.array([*masses, *[0.0] * (tokens - len(masses))])
+        mean = sum(masses) / len(masses)
+        with np.errstate(divide="ignore"):
+            logprobs = np.log(p)[:, None].astype(np.float32)
+        ids = np.zeros((tokens, 1), np.int32)
+        return SoftLabels(ids, logprobs, len(masses) / tokens, 1.0, mean, 1 - mean, 0.0)
+
+    found = Labelled([labels(0.5, tokens=4), None, labels(0.9, 0.9, 0.9, tokens=4)], same=False).metrics()
+    assert found["coverage"] == 0.5
+    assert (found["captured_mass"], found["ambiguous_mass"]) == pytest.approx((0.8, 0.2))
