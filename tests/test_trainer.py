@@ -238,6 +238,19 @@ def test_padding_changes_nothing(student: Student, build: Build) -> None:
 
 
 @pytest.mark.parametrize("soft", [True, False])
+def test_rows_are_padded_to_a_multiple(soft: bool, student: Student, build: Build) -> None:
+    rows = mixed(student) if soft else [Row(row.rendered, None) for row in mixed(student)]
+    n = sum(len(targets(row.rendered)) for row in rows)
+    found = []
+    for block in ({}, {"pad_to_multiple_of": 64}):
+        trainer = build(student, rows, block={"per_device_train_batch_size": 8} | block)
+        (batch,) = batches(trainer)
+        assert ({each.shape[1] for each in batch.values()} == {64}) is bool(block)
+        found.append(loss_of(trainer, batch, n))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("soft", [True, False])
 def test_one_batch_of_eight_is_eight_of_one(soft: bool, tiny_model: Path, build: Build) -> None:
     found = []
     for size, steps in ((8, 1), (1, 8)):
@@ -278,6 +291,20 @@ def test_eval_loss_is_a_mean_over_tokens_not_over_batches(soft: bool, student: S
     assert found["eval_nll"] == pytest.approx(nll.mean(), rel=1e-4)
     logged = {row["name"]: row["value"] for row in metric_rows([{**found, "step": 1}])}
     assert logged["loss"] == found["eval_loss"]
+
+
+def router(student: Student) -> None:
+    """The config of a mixture of experts."""
+    student.model.config.output_router_logits = False
+    student.model.config.router_aux_loss_coef = 0.001
+
+
+def test_soft_labels_do_not_go_with_a_routers_loss(student: Student, build: Build) -> None:
+    router(student)
+    with pytest.raises(ConfigError, match=r"coefficient 0\.001\) does not go with soft labels"):
+        build(student, mixed(student))
+    build(student, [Row(row.rendered, None) for row in mixed(student)])
+    build(student, mixed(student), block={"router_aux_loss_coef": 0})
 
 
 def test_a_batch_without_any_label_is_learnt_from_its_text(student: Student, build: Build) -> None:

@@ -22,7 +22,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from blackbox_kd.align import SoftLabels, check_not_shifted
 from blackbox_kd.config import SoftLossConfig
-from blackbox_kd.errors import AlignmentError
+from blackbox_kd.errors import AlignmentError, ConfigError
 from blackbox_kd.losses import cross_entropy, mix, topk_kl
 from blackbox_kd.student.render import IGNORE, Rendered
 from blackbox_kd.student.student import first_kept, logits_from
@@ -99,8 +99,11 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
     def __init__(self, *args: Any, soft_loss: SoftLossConfig, **kwargs: Any) -> None:
         """Raises:
         AlignmentError: the soft labels of a set, as they reach the loss, are not about its tokens.
+        ConfigError: there are soft labels, and the router of the model has a loss of its own.
         """
         super().__init__(*args, **kwargs)
+        if isinstance(self.data_collator, SoftCollator):
+            self.data_collator.pad_to_multiple_of = self.args.pad_to_multiple_of
         self.model_accepts_loss_kwargs = (
             True  # `compute_loss` counts the whole step, whatever the model's forward takes
         )
@@ -109,6 +112,11 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
         self._eval_tokens = 0.0
         for rows in (self.train_dataset, self.eval_dataset):
             if rows is not None and TEACHER_COLUMNS[0] in rows.column_names:
+                if self.aux_loss_enabled:
+                    raise ConfigError(
+                        f"the router's loss (coefficient {self.router_aux_loss_coef}) does not go with soft labels: "
+                        "set sft.trainer.router_aux_loss_coef to 0, or sft.soft_labels to false"
+                    )
                 check_collated(self.data_collator, rows)
 
     def _set_signature_columns_if_needed(self) -> None:
