@@ -293,6 +293,14 @@ def test_eval_loss_is_a_mean_over_tokens_not_over_batches(soft: bool, student: S
     assert logged["loss"] == found["eval_loss"]
 
 
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+def test_a_dev_nll_is_only_what_is_one(loss_type: str, student: Student, build: Build) -> None:
+    rows = [Row(row.rendered, None) for row in mixed(student)]
+    found = build(student, rows, rows, block={"loss_type": loss_type}).evaluate()
+    assert "eval_loss" in found
+    assert ("eval_nll" in found) is (loss_type == "nll")
+
+
 def router(student: Student) -> None:
     """The config of a mixture of experts."""
     student.model.config.output_router_logits = False
@@ -305,6 +313,35 @@ def test_soft_labels_do_not_go_with_a_routers_loss(student: Student, build: Buil
         build(student, mixed(student))
     build(student, [Row(row.rendered, None) for row in mixed(student)])
     build(student, mixed(student), block={"router_aux_loss_coef": 0})
+
+
+def test_at_alpha_1_the_divergence_is_still_shown(student: Student, build: Build) -> None:
+    rows, found = mixed(student), {}
+    for alpha in (0, 1):
+        metrics = build(student, rows, rows, alpha=alpha).evaluate()
+        found[alpha] = metrics["eval_topk_kl"]
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert found[1] > 0.01
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_nll"], rel=1e-5)
+
+
+def test_a_lone_candidate_renormalised_leaves_the_hard_label(student: Student, build: Build) -> None:
+    """Its divergence is 0 whatever the student does."""
+    made = rendered(student, "one two three")
+    ids, logprobs = (np.copy(each) for each in teacher_of(made)[:2])
+    logprobs[[0, 2], 1:] = -np.inf
+    rows = [Row(made, soft_labels(ids, logprobs))]
+    log_q = logprobs_of(student, made)
+    total = 0.0
+    for t, token in enumerate(targets(made)):
+        if t in (0, 2):
+            total -= float(log_q[t, token])
+        else:
+            p, q = torch.tensor(logprobs[t]).double().log_softmax(0), log_q[t, ids[t]].log_softmax(0)
+            total += float((p.exp() * (p - q)).sum())
+    trainer = build(student, rows, tail="renormalise")
+    (batch,) = batches(trainer)
+    assert loss_of(trainer, batch) == pytest.approx(total / len(targets(made)), rel=1e-4)
 
 
 def test_a_batch_without_any_label_is_learnt_from_its_text(student: Student, build: Build) -> None:
