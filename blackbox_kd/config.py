@@ -119,6 +119,12 @@ class SoftLossConfig(Section):
     tail: Literal["bucket", "renormalise", "none"] = "bucket"
     """What becomes of the mass outside the top-k: one more outcome, divided away, or left out."""
 
+    @model_validator(mode="after")
+    def _teacher_is_the_least(self) -> Self:
+        if self.beta == 1 and self.tail == "none":  # sum_k q_k (log q_k - log p_k) over a part
+            raise ValueError("beta 1 with tail none is least at q = p / e, not at the teacher's p; take another tail")
+        return self
+
 
 class SftConfig(Section):
     """The sequence-level stage."""

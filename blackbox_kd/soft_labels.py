@@ -9,7 +9,7 @@ import numpy as np
 
 from blackbox_kd.align import Aligner, SoftLabels, learn_end_ids, same_tokenizer
 from blackbox_kd.corpus import Corpus
-from blackbox_kd.errors import AlignmentError
+from blackbox_kd.errors import AlignmentError, ModelError
 from blackbox_kd.progress import say
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.student.vocabulary import student_vocab
@@ -25,7 +25,7 @@ class Labelled(NamedTuple):
     """Soft labels of some answers."""
 
     labels: list[SoftLabels | None]
-    """None where the scorer gave no logprobs, or they are not those of the text."""
+    """None where the scorer gave no logprobs, or they cannot be aligned."""
     same: bool
     """One tokenizer on both sides: then a tail-KL is never above the true KL."""
     surprise_z: float = 0.0
@@ -81,15 +81,19 @@ def surprise_z(scored: Iterable[TeacherTokens]) -> float:
 def label(corpus: Corpus, renderer: Renderer, model: str, scorer: str, answers: Sequence[tuple[str, str]]) -> Labelled:
     """Soft labels for whole answers, given as (completion_id, text as it is trained on).
 
-    `scorer` is who gave the logprobs, `model` whose tokens they are. What cannot be aligned is counted, and said.
-
-    Raises:
-        ModelError: the student's tokenizer changes texts, see `student_vocab`.
+    `scorer` is who gave the logprobs, `model` whose tokens they are. What cannot be aligned is counted, and said: some
+    answers, or all of them where the student's tokenizer changes texts (see `student_vocab`).
     """
     scored = corpus.scored_tokens([completion_id for completion_id, _ in answers], scorer)
+    none = Labelled([None] * len(answers), same=False)
     if not any(tokens.top_ids.size for tokens in scored.values()):
-        return Labelled([None] * len(answers), same=False)
-    vocab, student = corpus.vocab(model), student_vocab(renderer.tokenizer, renderer.end_id)
+        return none
+    try:
+        student = student_vocab(renderer.tokenizer, renderer.end_id)
+    except ModelError as error:
+        say(f"no soft labels: {error}")
+        return none
+    vocab = corpus.vocab(model)
     ends = learn_end_ids(vocab, [(text, scored[i]) for i, text in answers if i in scored])
     triples = {i: (text, scored[i], renderer.completion(text)) for i, text in answers if i in scored}
     same = same_tokenizer(vocab, student, triples.values(), end_ids=ends)

@@ -462,6 +462,30 @@ def test_unheard_of_alternatives_are_left_out() -> None:
     assert (read(found, STUDENT), found.unmapped) == ([{"c": 0.5}], pytest.approx(0.375))
 
 
+def test_a_token_beyond_the_students_vocabulary_has_no_image() -> None:
+    """A teacher of the same tokenizer with more special tokens, which it shows as nothing."""
+    student = student_of(list("abcdef"))
+    vocab = {i: VocabToken(char, char.encode()) for i, char in enumerate("abcdef")}
+    beyond = len(student.spelled)
+    vocab |= {beyond: VocabToken("", b""), beyond + 1: VocabToken("", None)}
+    aligner = Aligner(vocab, student, end_ids=[beyond + 1])
+    assert aligner.same_ids
+    found = aligner.align("c", by_id(2, top=[beyond, beyond + 1]), [2])
+    assert read(found, student) == [{"c": 0.5}]
+    assert found.unmapped == pytest.approx(0.25)
+
+
+def test_masses_are_means_over_the_rows_that_have_a_label() -> None:
+    """The second row is at a shared cut, but all of its mass is without an image: it counts in the coverage alone."""
+    scored = tokens(VOCAB, ("c", 0.5, {"c": 0.5, "<tool>": 0.25}), ("b", 0.0, {"<tool>": 0.75}))
+    found = PLAIN.align("cb", scored, [2, 1])
+    assert read(found, STUDENT) == [{"c": 0.5}, {}]
+    assert found.coverage == 0.5
+    assert (found.captured, found.mapped, found.ambiguous, found.unmapped) == pytest.approx((0.75, 0.5, 0.0, 0.25))
+    nothing = PLAIN.align("b", tokens(VOCAB, ("b", 0.0, {"<tool>": 0.75})), [1])
+    assert nothing[2:] == (0.0,) * 5
+
+
 # --- the self-check
 
 

@@ -283,6 +283,13 @@ def test_text_of_another_temperature_than_its_soft_labels_has_to_be_asked_for(lo
         assert load(*drawn, "--sample.top_logprobs", "null").sample.draws == 1
 
 
+def test_a_loss_that_is_not_least_at_the_teacher_is_a_mistake(load: Load) -> None:
+    said = complaint(load, more="sft: {soft: {beta: 1, tail: none}}")
+    assert said.startswith("sft.soft: beta 1 with tail none is least at")
+    for beta, tail in ((1, "bucket"), (1, "renormalise"), (0.9, "none")):
+        assert load(more=f"sft: {{soft: {{beta: {beta}, tail: {tail}}}}}").sft.soft.tail == tail
+
+
 def test_every_key_has_one_line_of_help_with_its_default() -> None:
     lines = dict(walk(Config))
     assert len(lines) == len(list(walk(Config)))

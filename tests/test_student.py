@@ -62,7 +62,11 @@ def test_the_head_runs_on_the_kept_columns_only_and_gives_the_same_logits(studen
     assert first == len(student.renderer.prompt([{"role": "user", "content": "Say 1"}]))
     with torch.no_grad():
         whole = student.model(input_ids=input_ids, attention_mask=mask).logits[:, first - 1 : -1]
-        ours = logits_from(student.model, input_ids, mask, first)
+        nothing = logits_from(student.model, input_ids, mask, input_ids.shape[1])
+    ours = logits_from(student.model, input_ids, mask, first)
+    assert ours.grad_fn
+    assert "Slice" not in ours.grad_fn.name()  # whose backward would fill another tensor of their size
+    assert nothing.shape == (2, 0, whole.shape[2])
     assert ours.shape == whole.shape
     assert torch.allclose(ours, whole, atol=1e-5)
 

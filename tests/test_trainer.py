@@ -240,6 +240,19 @@ def test_padding_changes_nothing(student: Student, build: Build) -> None:
 
 
 @pytest.mark.parametrize("soft", [True, False])
+def test_rows_are_padded_to_a_multiple(soft: bool, student: Student, build: Build) -> None:
+    rows = mixed(student) if soft else [Row(row.rendered, None) for row in mixed(student)]
+    n = sum(len(targets(row.rendered)) for row in rows)
+    found = []
+    for block in ({}, {"pad_to_multiple_of": 64}):
+        trainer = build(student, rows, block={"per_device_train_batch_size": 8} | block)
+        (batch,) = batches(trainer)
+        assert ({each.shape[1] for each in batch.values()} == {64}) is bool(block)
+        found.append(loss_of(trainer, batch, n))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("soft", [True, False])
 def test_one_batch_of_eight_is_eight_of_one(soft: bool, tiny_model: Path, build: Build) -> None:
     found = []
     for size, steps in ((8, 1), (1, 8)):
@@ -280,6 +293,57 @@ def test_eval_loss_is_a_mean_over_tokens_not_over_batches(soft: bool, student: S
     assert found["eval_nll"] == pytest.approx(nll.mean(), rel=1e-4)
     logged = {row["name"]: row["value"] for row in metric_rows([{**found, "step": 1}])}
     assert logged["loss"] == found["eval_loss"]
+
+
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+def test_a_dev_nll_is_only_what_is_one(loss_type: str, student: Student, build: Build) -> None:
+    rows = [Row(row.rendered, None) for row in mixed(student)]
+    found = build(student, rows, rows, block={"loss_type": loss_type}).evaluate()
+    assert "eval_loss" in found
+    assert ("eval_nll" in found) is (loss_type == "nll")
+
+
+def router(student: Student) -> None:
+    """The config of a mixture of experts."""
+    student.model.config.output_router_logits = False
+    student.model.config.router_aux_loss_coef = 0.001
+
+
+def test_soft_labels_do_not_go_with_a_routers_loss(student: Student, build: Build) -> None:
+    router(student)
+    with pytest.raises(ConfigError, match=r"coefficient 0\.001\) does not go with soft labels"):
+        build(student, mixed(student))
+    build(student, [Row(row.rendered, None) for row in mixed(student)])
+    build(student, mixed(student), block={"router_aux_loss_coef": 0})
+
+
+def test_at_alpha_1_the_divergence_is_still_shown(student: Student, build: Build) -> None:
+    rows, found = mixed(student), {}
+    for alpha in (0, 1):
+        metrics = build(student, rows, rows, alpha=alpha).evaluate()
+        found[alpha] = metrics["eval_topk_kl"]
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert found[1] > 0.01
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_nll"], rel=1e-5)
+
+
+def test_a_lone_candidate_renormalised_leaves_the_hard_label(student: Student, build: Build) -> None:
+    """Its divergence is 0 whatever the student does."""
+    made = rendered(student, "one two three")
+    ids, logprobs = (np.copy(each) for each in teacher_of(made)[:2])
+    logprobs[[0, 2], 1:] = -np.inf
+    rows = [Row(made, soft_labels(ids, logprobs))]
+    log_q = logprobs_of(student, made)
+    total = 0.0
+    for t, token in enumerate(targets(made)):
+        if t in (0, 2):
+            total -= float(log_q[t, token])
+        else:
+            p, q = torch.tensor(logprobs[t]).double().log_softmax(0), log_q[t, ids[t]].log_softmax(0)
+            total += float((p.exp() * (p - q)).sum())
+    trainer = build(student, rows, tail="renormalise")
+    (batch,) = batches(trainer)
+    assert loss_of(trainer, batch) == pytest.approx(total / len(targets(made)), rel=1e-4)
 
 
 def test_a_batch_without_any_label_is_learnt_from_its_text(student: Student, build: Build) -> None:

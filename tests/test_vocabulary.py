@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from blackbox_kd.align import StudentVocab
@@ -73,6 +73,32 @@ def test_a_tiny_student(tiny_model: Path) -> None:
     ids = tokenizer("Say one", add_special_tokens=False)["input_ids"]
     assert joined(vocab, ids) == b"Say one"
     assert vocab.starts(b"Say one", [*ids, vocab.end_id])[0][-1] == 7
+
+
+def with_bytes() -> PreTrainedTokenizerFast:
+    """SentencePiece's marks, and no piece but a space and the bytes."""
+    pieces = ["▁", *(f"<0x{byte:02X}>" for byte in range(256))]
+    made = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True))
+    made.normalizer = normalizers.Replace(" ", "▁")
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+@pytest.mark.parametrize("marks", ["Ġ", "▁"])
+def test_added_tokens_spell_their_text_unless_they_are_special(marks: str, tiny_model: Path) -> None:
+    """As GPT-NeoX and Gemma have them for blanks, and others for tool calls."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model) if marks == "Ġ" else with_bytes()
+    blanks = "  " if marks == "Ġ" else "▁▁"
+    plain = {"\n\n": b"\n\n", "\u00e9": "\u00e9".encode(), "<tool>": b"<tool>", blanks: b"  "}
+    tokenizer.add_tokens([AddedToken(text, special=False) for text in plain])
+    tokenizer.add_tokens([AddedToken("<|mask|>", special=True)], special_tokens=True)
+    vocab = student_vocab(tokenizer, 1)
+    for text, raw in plain.items():
+        assert vocab.spelled[tokenizer.convert_tokens_to_ids(text)] == raw
+    assert vocab.spelled[tokenizer.convert_tokens_to_ids("<|mask|>")] is None
+    text = "\n\na  <tool>\u00e9"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert set(tokenizer.convert_tokens_to_ids(list(plain))) <= set(ids)
+    assert vocab.starts(text.encode(), ids)[0].tolist() == [0, 2, 3, 5, 11]
 
 
 def test_a_tokenizer_that_changes_the_text_is_refused() -> None:

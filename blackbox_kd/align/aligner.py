@@ -209,7 +209,8 @@ class Aligner:
 
     def _same_token(self, slot: int) -> int:
         if self.same_ids:
-            return slot + self._base if slot < self._unknown else UNMAPPABLE
+            token_id = slot + self._base if slot < self._unknown else UNMAPPABLE
+            return token_id if 0 <= token_id < len(self.student.spelled) else UNMAPPABLE
         piece = self.spelled.get(slot + self._base)
         return self.student.end_id if self._is_end[slot] else self.student.id_of.get(piece or b"", UNMAPPABLE)
 

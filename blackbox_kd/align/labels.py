@@ -18,7 +18,7 @@ NO_ID = 1 << 22
 
 
 class SoftLabels(NamedTuple):
-    """Row s is about student token s; masses are means over the rows at a shared cut (0 where there is none)."""
+    """Row s is about student token s; masses are means over the rows that have a label (0 where there is none)."""
 
     ids: np.ndarray
     """(S, K + 1) int32 student ids, unique in a row; empty slots are id 0 with -inf."""
@@ -87,7 +87,8 @@ def soft_labels(
         places = rows[at // width] * width + at % width
         ids.ravel()[places] = image.ravel()[at]
         logprobs.ravel()[places] = np.log(mass)
-    captured, mapped, lost = p_RW.sum(), p_kept.sum(), p_RW[unmapped].sum()
-    masses = (captured, mapped, captured - mapped - lost, lost)
-    means = [float(total) / max(count, 1) for total in masses]
-    return SoftLabels(ids, logprobs, int(kept.any(1).sum()) / max(size, 1), *means)
+    labelled_R = kept.any(1)
+    captured, mapped, lost = (p[labelled_R].sum() for p in (p_RW, p_kept, np.where(unmapped, p_RW, 0.0)))
+    labelled = int(labelled_R.sum())
+    means = [float(total) / max(labelled, 1) for total in (captured, mapped, captured - mapped - lost, lost)]
+    return SoftLabels(ids, logprobs, labelled / max(size, 1), *means)

@@ -231,11 +231,14 @@ def first_kept(kept_BT: torch.Tensor) -> int:
 def logits_from(model: Any, input_ids: torch.Tensor, mask: torch.Tensor, first: int) -> torch.Tensor:
     """(B, T - first, V): row t predicts token `first + t`, T tokens in all.
 
-    The head does not run on the prompt: there its logits are the largest tensor of a step, and are thrown away.
+    The head does not run on the prompt: there its logits are the largest tensor of a step, and are thrown away. The
+    last token predicts nothing, and is left out before the model: a slice behind it has another gradient of that size.
     """
-    kept = input_ids.shape[1] - first + 1
-    logits: torch.Tensor = model(input_ids=input_ids, attention_mask=mask, logits_to_keep=kept, use_cache=False).logits
-    return logits[:, -kept:-1]  # a model that takes no `logits_to_keep` returns them all
+    ids, mask, kept = input_ids[:, :-1], mask[:, :-1], input_ids.shape[1] - first
+    made = model(input_ids=ids, attention_mask=mask, logits_to_keep=max(kept, 1), use_cache=False)
+    logits: torch.Tensor = made.logits
+    size = logits.shape[1]  # all of them from a model that takes no `logits_to_keep`
+    return logits if size == kept else logits[:, size - kept :]
 
 
 @contextmanager

@@ -93,14 +93,18 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer whose rows may carry soft labels, and whose `eval_loss` is a mean over tokens, not over batches.
 
     loss = 1/N sum_t [ hard_t NLL_t + (1 - alpha) soft_t D_beta(teacher_t || student_t) ], with N supervised tokens in
-    the optimiser step; soft_t is 1 where token t has a soft label; hard_t is alpha there and 1 elsewhere.
+    the optimiser step; soft_t is 1 where token t has a soft label; hard_t is alpha there and 1 elsewhere. Under
+    `tail: renormalise` a label of one candidate says nothing, and is none.
     """
 
     def __init__(self, *args: Any, soft_loss: SoftLossConfig, **kwargs: Any) -> None:
         """Raises:
         AlignmentError: the soft labels of a set, as they reach the loss, are not about its tokens.
+        ConfigError: there are soft labels, and the router of the model has a loss of its own.
         """
         super().__init__(*args, **kwargs)
+        if isinstance(self.data_collator, SoftCollator):
+            self.data_collator.pad_to_multiple_of = self.args.pad_to_multiple_of
         self.model_accepts_loss_kwargs = (
             True  # `compute_loss` counts the whole step, whatever the model's forward takes
         )
@@ -109,6 +113,11 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
         self._eval_tokens = 0.0
         for rows in (self.train_dataset, self.eval_dataset):
             if rows is not None and TEACHER_COLUMNS[0] in rows.column_names:
+                if self.aux_loss_enabled:
+                    raise ConfigError(
+                        f"the router's loss (coefficient {self.router_aux_loss_coef}) does not go with soft labels: "
+                        "set sft.trainer.router_aux_loss_coef to 0, or sft.soft_labels to false"
+                    )
                 check_collated(self.data_collator, rows)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -128,7 +137,8 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
                 loss = loss * self.accelerator.num_processes  # data parallelism averages gradients, our loss is a sum
         else:
             loss, metrics = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch), {}
-            metrics = {} if self.model.training else {"nll": float(loss.detach())}
+            if not self.model.training and self._is_nll():
+                metrics["nll"] = float(loss.detach())
         if not self.model.training:
             for name, value in ({"loss": float(loss.detach())} | metrics).items():
                 self._eval_sums[name] = self._eval_sums.get(name, 0.0) + value * float(tokens)
@@ -139,6 +149,10 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
                 self._metrics["train"][name].append(value * parts * self.accelerator.num_processes)
         return loss
 
+    def _is_nll(self) -> bool:
+        """Whether TRL's loss is the plain NLL."""
+        return self.args.loss_type == "nll" and not self.args.label_smoothing_factor and not self.aux_loss_enabled
+
     def _soft(self, model: Any, inputs: Mapping[str, Any], normalizer: Any) -> tuple[torch.Tensor, dict[str, float]]:
         labels_BT = inputs["labels"]
         first = first_kept(labels_BT != IGNORE)
@@ -146,12 +160,14 @@ class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
         labels_BT, ids_BTK, logprobs_BTK = (inputs[n][:, first:] for n in ("labels", *TEACHER_COLUMNS))
         loss, n = self._soft_loss, float(normalizer)
         kept_BT = labels_BT != IGNORE
-        hard_BT, soft_BT = mix(loss.alpha, kept_BT, logprobs_BTK.isfinite().any(-1))
-        soft = topk_kl(logits_BTV, ids_BTK, logprobs_BTK, soft_BT, beta=loss.beta, tail=loss.tail, normalizer=n)
+        labelled_BT = kept_BT & (logprobs_BTK.isfinite().sum(-1) >= (2 if loss.tail == "renormalise" else 1))
+        hard_BT, _ = mix(loss.alpha, kept_BT, labelled_BT)
         hard = cross_entropy(logits_BTV, labels_BT.clamp_min(0), hard_BT, normalizer=n)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and loss.alpha < 1):  # at alpha 1 it is only looked at
+            soft = topk_kl(logits_BTV, ids_BTK, logprobs_BTK, labelled_BT, beta=loss.beta, tail=loss.tail, normalizer=n)
         with torch.no_grad():
             nll = cross_entropy(logits_BTV, labels_BT.clamp_min(0), kept_BT, normalizer=n)
-        return hard.loss + soft.loss, {"nll": float(nll.loss), "topk_kl": soft.metrics["kl"]}
+        return hard.loss + (1 - loss.alpha) * soft.loss, {"nll": float(nll.loss), "topk_kl": soft.metrics["kl"]}
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's, with means over all supervised tokens of the set."""

@@ -15,7 +15,7 @@ _ANCHOR = "\n"
 
 
 def student_vocab(tokenizer: Any, end_id: int) -> StudentVocab:
-    """Byte-level BPE and SentencePiece-style vocabularies.
+    """Byte-level BPE and SentencePiece-style vocabularies. Special tokens spell nothing, other added ones their text.
 
     Args:
         tokenizer: a tokenizer of transformers.
@@ -25,11 +25,14 @@ def student_vocab(tokenizer: Any, end_id: int) -> StudentVocab:
         ModelError: the tokens do not spell the texts that are tokenised, as with lower-casing tokenizers.
     """
     vocab: dict[str, int] = tokenizer.get_vocab()
-    special = {int(i) for i in tokenizer.all_special_ids} | set(tokenizer.added_tokens_decoder)
+    added: dict[int, Any] = tokenizer.added_tokens_decoder
+    special = {int(i) for i in tokenizer.all_special_ids} | {i for i, token in added.items() if token.special}
     read = _reader(vocab)
+    read_added = str.encode if read is from_alphabet else read  # added tokens are text; Gemma's have "▁" for spaces
     spelled: list[bytes | None] = [None] * (max(vocab.values()) + 1)
     for piece, token_id in vocab.items():
-        spelled[token_id] = None if token_id in special else read(piece)
+        if token_id not in special:
+            spelled[token_id] = (read_added if token_id in added else read)(piece)
 
     def encode_first(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
