@@ -6,7 +6,9 @@ The quickstart's teacher is a model that we can run ourselves: SmolLM2 under its
 student to it is known, over the whole vocabulary, on the held-out temperature-1 answers of the fixed set.
   checkpoints    every arm and seed at several steps: true forward and reverse KL, and `tail_kl` with the top-k cut from
                  that same distribution
-  bound_holds    tail_kl <= true_kl at each of them;  same_ranking: both order all checkpoints alike
+  bound_holds    tail_kl <= true_kl at each of them
+  same_ranking   both order the checkpoints of every run alike; of all pairs of checkpoints, those of different runs
+                 too, `discordant_pairs_of_all` counts those that they order otherwise, with the largest gap in true KL
   server         how far the numbers of the llama.cpp server (quantised activations) are from those in-process
   minus_hard     sft with soft labels (alone, or mixed with hard ones) beside sft without: the same answers, steps,
                  batches and initial adapter; each seed has other train prompts. The difference in nats per token with
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 import sys
@@ -227,8 +230,12 @@ def summary(runs: dict[tuple[str, int], dict[str, Any]], seeds: Sequence[int]) -
         for (arm, seed), run in runs.items()
         for step, sums in run["steps"].items()
     ]
-    by_true = [c["name"] for c in sorted(checkpoints, key=lambda c: c["true_kl"])]
-    by_tail = [c["name"] for c in sorted(checkpoints, key=lambda c: c["tail_kl"])]
+    discordant = [
+        abs(one["true_kl"] - other["true_kl"])
+        for one, other in itertools.combinations(checkpoints, 2)
+        if (one["true_kl"] - other["true_kl"]) * (one["tail_kl"] - other["tail_kl"]) < 0
+    ]
+    by_run = [[c for c in checkpoints if (c["arm"], c["seed"]) == run] for run in runs]
     last = list(next(iter(runs.values()))["steps"])
     compared = ("true_kl", "true_reverse_kl", "tail_kl", "teacher_nll")
     minus_hard = {
@@ -239,8 +246,9 @@ def summary(runs: dict[tuple[str, int], dict[str, Any]], seeds: Sequence[int]) -
     return {
         "checkpoints": checkpoints,
         "bound_holds": all(c["tail_kl"] <= c["true_kl"] + 1e-6 for c in checkpoints),
-        "same_ranking": by_true == by_tail,
-        "rank_correlation": _rank_correlation(by_true, by_tail),
+        "same_ranking": all(_ranked(run, "true_kl") == _ranked(run, "tail_kl") for run in by_run),
+        "discordant_pairs_of_all": [len(discordant), len(checkpoints) * (len(checkpoints) - 1) // 2],
+        "largest_true_kl_gap_of_these": max(discordant, default=0.0),
         "server": {key: float(np.mean([r["server"][key] for r in runs.values()])) for key in
                    next(iter(runs.values()))["server"]},
         "minus_hard": minus_hard,
@@ -249,10 +257,8 @@ def summary(runs: dict[tuple[str, int], dict[str, Any]], seeds: Sequence[int]) -
     }  # fmt: skip
 
 
-def _rank_correlation(one: list[str], other: list[str]) -> float:
-    """Spearman's."""
-    place = {name: i for i, name in enumerate(other)}
-    return float(np.corrcoef(range(len(one)), [place[name] for name in one])[0, 1])
+def _ranked(checkpoints: list[dict[str, Any]], by: str) -> list[str]:
+    return [c["name"] for c in sorted(checkpoints, key=lambda c: float(c[by]))]
 
 
 def main() -> int:

@@ -13,8 +13,9 @@ from blackbox_kd.algorithms.base import ce_sample
 from blackbox_kd.config import StudentConfig, UpdateConfig
 from blackbox_kd.errors import AlignmentError, TrainingError
 from blackbox_kd.student.components import COMPONENTS
+from blackbox_kd.student.samples import batches
 from blackbox_kd.student.student import Student
-from blackbox_kd.student.update import Updater, batches
+from blackbox_kd.student.update import Updater
 from blackbox_kd.types import SoftTargets, TrainSample
 
 

@@ -3,47 +3,21 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.nn.utils.rnn import pad_sequence
 
 from blackbox_kd.config import UpdateConfig
-from blackbox_kd.errors import AlignmentError, TrainingError
+from blackbox_kd.errors import TrainingError
 from blackbox_kd.progress import counting
 from blackbox_kd.student.components import COMPONENTS, Rows
+from blackbox_kd.student.samples import Unit, batches, check, pad, pair_numbers, stream, tensors, units, weightless
 from blackbox_kd.student.student import Student, first_kept, logits_from, seeded
 from blackbox_kd.types import TrainSample
-
-Unit = list[TrainSample]
-"""A sample, or the two of a pair: what is shuffled, counted and split."""
-
-
-def batches(samples: Sequence[TrainSample], batch_size: int, max_steps: int, seed: int) -> list[list[Unit]]:
-    """Optimiser steps: epochs in a seeded order that starts from sample_id, so that it repeats exactly.
-
-    The last, smaller batch of an epoch is kept: no row is dropped.
-    """
-    order = units(samples)
-    rng = random.Random(seed)
-    steps: list[list[Unit]] = []
-    while len(steps) < max_steps:
-        rng.shuffle(order)
-        steps += [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    return steps[:max_steps]
-
-
-def units(samples: Sequence[TrainSample]) -> list[Unit]:
-    """By sample_id; the samples of a pair together."""
-    order = sorted(samples, key=lambda s: (s.pair_id or s.sample_id, s.sample_id))
-    numbered = groupby(enumerate(order), key=lambda item: item[1].pair_id or item[0])
-    return [[sample for _, sample in unit] for _, unit in numbered]
 
 
 class Updater:
@@ -136,7 +110,7 @@ class Updater:
 
     def _loss(self, samples: list[TrainSample], normalizers: dict[str, int]) -> tuple[torch.Tensor, dict[str, float]]:
         input_ids, mask = self.student.pad([s.input_ids for s in samples], "right")
-        weights = {n: _pad(_stream(s.weights, n, len(s.input_ids)) for s in samples) for n in normalizers}
+        weights = {n: pad(stream(s.weights, n, len(s.input_ids)) for s in samples) for n in normalizers}
         first = first_kept(torch.stack([w != 0 for w in weights.values()]).any(0))
         first = min(first, input_ids.shape[1] - 1)  # of weightless samples: one row that nothing is learnt from
         logits_BTV = logits_from(self.model, input_ids, mask, first)
@@ -151,89 +125,3 @@ class Updater:
             total = total + out.loss
             metrics |= {f"{name}_{key}": value for key, value in out.metrics.items()}
         return total, metrics | {"loss": float(total.detach())}
-
-
-def tensors(samples: Sequence[TrainSample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Teacher's ids and logprobs (B, T, K), `old` and `ref` logprobs (B, T); empty where a sample has none."""
-    size = max(len(s.input_ids) for s in samples)
-    k = max((s.soft.ids.shape[1] for s in samples if s.soft is not None), default=1)
-    ids = torch.zeros(len(samples), size, k, dtype=torch.long)
-    logprobs = torch.full((len(samples), size, k), -math.inf)
-    for b, sample in enumerate(samples):
-        if sample.soft is not None:
-            places = torch.tensor(sample.weights["topk_kl"]).nonzero().squeeze(1)
-            width = sample.soft.ids.shape[1]
-            ids[b, places, :width] = torch.from_numpy(sample.soft.ids).long()
-            logprobs[b, places, :width] = torch.from_numpy(sample.soft.logprobs).float()
-    old, ref = (_pad(_stream(s.logprobs, name, len(s.input_ids)) for s in samples) for name in ("old", "ref"))
-    return ids, logprobs, old, ref
-
-
-def pair_numbers(samples: Sequence[TrainSample]) -> torch.Tensor:
-    """(B,) 0, 1, ... by pair; -1 for a sample of its own."""
-    number = {pair_id: i for i, pair_id in enumerate(dict.fromkeys(s.pair_id for s in samples if s.pair_id))}
-    return torch.tensor([number.get(s.pair_id or "", -1) for s in samples])
-
-
-def weightless(sample: TrainSample) -> TrainSample:
-    """The same tokens, and nothing to learn from them."""
-    zeros = [0.0] * len(sample.input_ids)
-    return TrainSample(
-        sample_id=sample.sample_id,
-        input_ids=sample.input_ids,
-        weights=dict.fromkeys(sample.weights, zeros),
-        pair_id=sample.pair_id,
-    )
-
-
-def _stream(streams: Mapping[str, list[float]], name: str, size: int) -> list[float]:
-    return streams.get(name) or [0.0] * size
-
-
-def _pad(streams: Iterable[Sequence[float]]) -> torch.Tensor:
-    return pad_sequence([torch.tensor(stream) for stream in streams], batch_first=True)
-
-
-def check(samples: Sequence[TrainSample]) -> None:
-    """Streams fit their tokens, every component is known and has what it needs, and something is learnt."""
-    for sample in samples:
-        for kind, streams in (("weights", sample.weights), ("logprobs", sample.logprobs)):
-            for name, stream in streams.items():
-                if len(stream) != len(sample.input_ids):
-                    raise AlignmentError(
-                        f"{sample.sample_id}: {len(stream)} {name} {kind} for {len(sample.input_ids)} tokens"
-                    )
-        for name, weights in sample.weights.items():
-            if name not in COMPONENTS:
-                raise AlignmentError(f"no loss component {name!r}; there are {', '.join(COMPONENTS)}")
-            if weights and weights[0] != 0:
-                raise AlignmentError(
-                    f"{sample.sample_id}: the first token has a {name} weight, but nothing predicts it"
-                )
-            if (missing := _missing(sample, name)) and any(weights):
-                raise AlignmentError(f"{sample.sample_id}: {name} weights without {missing}")
-    _check_pairs(samples)
-    if not any(w != 0 for s in samples for stream in s.weights.values() for w in stream):
-        raise TrainingError(f"{len(samples)} samples without one supervised token: this update would change nothing")
-
-
-def _missing(sample: TrainSample, name: str) -> str:
-    """What the component cannot do without."""
-    if name == "topk_kl":
-        wanted = sum(w != 0 for w in sample.weights[name])
-        given = 0 if sample.soft is None else len(sample.soft.ids)
-        return "" if given == wanted else f"as many soft targets ({wanted} tokens, {given} targets)"
-    needed = {"pg": "old", "pair": "ref"}.get(name)
-    if needed and needed not in sample.logprobs:
-        return f"the logprobs {needed!r}"
-    return "a pair_id" if name == "pair" and sample.pair_id is None else ""
-
-
-def _check_pairs(samples: Sequence[TrainSample]) -> None:
-    sides: dict[str, set[bool]] = {}
-    for sample in samples:
-        for w in sample.weights.get("pair", ()):
-            if w and sample.pair_id:
-                sides.setdefault(sample.pair_id, set()).add(w > 0)
-    if half := [pair_id for pair_id, found in sides.items() if len(found) < 2]:
-        raise AlignmentError(f"{len(half)} pairs without a chosen or a rejected answer, such as {half[0]}")
