@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 VLLM   := .venv-vllm
 
-.PHONY: setup quickstart test test-fast test-vllm lint bench bench-collect bench-losses clean
+.PHONY: setup quickstart test test-fast test-vllm lint bench bench-collect bench-losses bench-true-kl clean
 
 setup: $(STAMP)
 
@@ -64,6 +64,10 @@ bench-collect: setup
 # the losses beside F.cross_entropy, and aligning: about 5 minutes
 bench-losses: setup
 	$(BIN)/python benchmarks/losses.py --json > benchmarks/results/losses.json
+
+# sft with soft and with hard labels against the true KL, three seeds: about half an hour
+bench-true-kl: setup
+	$(BIN)/python benchmarks/true_kl.py --arms soft hard --seeds 1 2 3 --json > benchmarks/results/true_kl.json
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist .mypy_cache .ruff_cache .pytest_cache
