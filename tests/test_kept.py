@@ -81,12 +81,13 @@ def test_several_choices_of_several_draws_are_all_rows_and_their_tokens_count_on
         return chat_reply("") | {"choices": choices}
 
     write_prompts(tmp_path / "prompts", train=1)
-    code, _ = collect(tmp_path, two, teacher={"extra_body": {"n": 2}}, sample={"n": 3})
+    code, api = collect(tmp_path, two, teacher={"extra_body": {"n": 2}}, sample={"n": 3})
     corpus = corpus_of(tmp_path)
     assert code == 0
-    assert corpus.rows("SELECT text FROM completions ORDER BY text") == [
-        (t,) for t in ("0a", "0b", "1a", "1b", "2a", "2b")
-    ]
+    seeds = {body["seed"] for body in api.bodies}
+    assert len(seeds) == 3
+    assert {text for (text,) in corpus.rows("SELECT text FROM completions")} == {f"{s}{c}" for s in seeds for c in "ab"}
+    assert corpus.rows("SELECT count(*) FROM completions") == [(6,)]
     assert corpus.rows("SELECT sum(completion_tokens), count(DISTINCT choice_idx) FROM completions") == [(9, 2)]
     assert corpus.rows("SELECT sum(completion_tokens), count(*) FROM attempts") == [(9, 3)]
 

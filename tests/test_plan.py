@@ -37,7 +37,7 @@ def with_answers(project_file: Path, answers: int, dead: int = 0) -> Corpus:
     """The corpus of a run that was stopped after so many of its sample questions."""
     config = load_config(Config, str(project_file))
     prompts = list(PromptSet(config.prompts).stream("train", config.sample.max_prompts))
-    requests = list(sample_questions(config.sample, Questions(config.teacher), prompts))
+    requests = list(sample_questions(Questions(config.teacher, config.sample), prompts))
     corpus = Corpus(config.corpus_path)
     corpus.add_requests(requests)
     used = usage(10, 4)
