@@ -56,7 +56,12 @@ def test_the_token_limit_goes_by_the_name_that_the_endpoint_wants() -> None:
 
 
 def test_each_draw_of_each_question_has_its_own_seed() -> None:
-    asked = [(seed, messages, draw) for seed in (0, 100) for messages in (MESSAGES, MESSAGES[-1:]) for draw in range(3)]
+    asked = [
+        (seed, messages, draw)
+        for seed in (0, 100)
+        for messages in (MESSAGES, [*MESSAGES, *MESSAGES])
+        for draw in range(3)
+    ]
     seeds = [
         chat_body(OpenAITeacherConfig(model="m", seed=seed), messages, SamplingParams(), draw)["seed"]
         for seed, messages, draw in asked
