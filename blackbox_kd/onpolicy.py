@@ -3,13 +3,21 @@
     blackbox-kd onpolicy --config quickstart --onpolicy.rounds 3
 
 Reads   train prompts, checkpoints/sft.
-Writes  rollouts, feedback, metrics, checkpoints/round-N (adapter, optimiser state).
+Writes  rollouts, feedback, metrics, checkpoints/round-N (adapter, optimiser state, what the algorithm goes on from).
+
+Teacher and student take turns, or work at the same time with `max_staleness: 1`: while the teacher looks at round r,
+the student is updated on round r-1 and writes round r+1.
+
+    student   write 1  write 2  ...........  update 1  write 3  .........  update 2  write 4
+    teacher            feedback 1 .........  feedback 2 ................  feedback 3
+
 A round commits by renaming its checkpoint folder. A killed round is repeated with the same seeds: its rollouts are
 read back from the corpus, and what the teacher said already is not asked again.
 """
 
 from __future__ import annotations
 
+import asyncio
 import random
 import sys
 from collections.abc import Sequence
@@ -21,9 +29,11 @@ from typing import Any
 
 import msgspec
 
-from blackbox_kd.algorithms.base import Outcome, ce_sample
-from blackbox_kd.errors import ConfigError, TeacherError
+from blackbox_kd import health
+from blackbox_kd.algorithms.base import Algorithm, Outcome, Tools, ce_sample
+from blackbox_kd.errors import ConfigError, TeacherError, TeacherRefused
 from blackbox_kd.hashing import phase_seed
+from blackbox_kd.lane import Lane
 from blackbox_kd.model_card import write_card
 from blackbox_kd.progress import say
 from blackbox_kd.project import Project, stage_main
@@ -31,7 +41,7 @@ from blackbox_kd.rollout import Writer
 from blackbox_kd.student.render import IGNORE, Rendered
 from blackbox_kd.student.student import Student
 from blackbox_kd.student.update import Updater
-from blackbox_kd.types import Prompt, TrainSample
+from blackbox_kd.types import Prompt, Rollout, TrainSample
 from blackbox_kd.yardstick import Looks
 
 OPTIMIZER_FILE = "optimizer.pt"
@@ -40,70 +50,137 @@ OPTIMIZER_FILE = "optimizer.pt"
 async def run(project: Project) -> dict[str, Any]:
     """All rounds that are not done yet; metrics of each by name."""
     config, run_dir, loop = project.config, project.run_dir, project.config.onpolicy
-    names = ["sft", *(f"round-{r}" for r in range(1, loop.rounds + 1))]
-    done = 1 + len(list(takewhile(lambda name: run_dir.done(name, project.settings_of(name)), names[1:])))
-    if not run_dir.done("sft", project.settings_of("sft")):
+    names = checkpoints(project)
+    done = len(list(takewhile(lambda name: run_dir.done(name, project.settings_of(name)), names)))
+    if not done:
         raise ConfigError(f"no {run_dir.checkpoint('sft')}: run `sft` first")
     if done == len(names):
         say(f"onpolicy: all {loop.rounds} rounds are there already")
         return {"rounds": {}}
-    start = run_dir.checkpoint(names[done - 1])
+    if lacking := loop.algorithm.lacking(project.teacher.capabilities):
+        raise TeacherRefused(f"onpolicy.algorithm {loop.algorithm.name}: {lacking}")
+    start, lane = run_dir.checkpoint(names[done - 1]), Lane()
     student = Student(config.student, adapter=start)
-    state = start / OPTIMIZER_FILE
-    updater = Updater(student, loop.update, state if state.exists() else None, loop.algorithm.losses)
-    algorithm = loop.algorithm.build(project.teacher, student.renderer)
-    looks = Looks(project, student)
-    rounds: dict[str, dict[str, float]] = {}
-    for round_ in range(done, loop.rounds + 1):
-        name = f"round-{round_}"
+    algorithm = loop.algorithm.build(Tools(project.teacher, student.renderer, config.student, lane))
+    algorithm.restore(start)
+    trainee = Trainee(project, student, start)
+    told: dict[int, asyncio.Task[Told]] = {}
+    found: dict[str, dict[str, float]] = {}
+    try:
+        for round_ in range(done, len(names)):
+            for ahead in range(round_, min(round_ + loop.max_staleness, loop.rounds) + 1):
+                if ahead not in told:
+                    rollouts = await lane.run(trainee.write, ahead)
+                    told[ahead] = asyncio.create_task(ask(project, algorithm, rollouts, ahead, told.get(ahead - 1)))
+            found[names[round_]] = await lane.run(trainee.update, round_, *await told.pop(round_))
+    finally:
+        for task in told.values():
+            task.cancel()
+        await asyncio.gather(*told.values(), return_exceptions=True)
+    return {"rounds": found}
+
+
+Told = tuple[list[Rollout], Outcome]
+
+
+async def ask(
+    project: Project, algorithm: Algorithm, rollouts: list[Rollout], round_: int, before: asyncio.Task[Told] | None
+) -> Told:
+    """The teacher's word on a round, when the round before it is through."""
+    if before:
+        await asyncio.wait([before])
+        before.result()
+    outcome = await algorithm.feedback(rollouts, round_)
+    project.corpus.add_feedback(outcome.feedback, round_=round_, run_id=project.run_id)
+    check(outcome, project.config.onpolicy.max_failed_feedback)
+    return rollouts, outcome
+
+
+def checkpoints(project: Project) -> list[str]:
+    """Names by round; round 0 is `sft`."""
+    return ["sft", *(f"round-{r}" for r in range(1, project.config.onpolicy.rounds + 1))]
+
+
+class Trainee:
+    """The student's side of the loop; all of it runs in the lane."""
+
+    def __init__(self, project: Project, student: Student, start: Path) -> None:
+        """`start` is the checkpoint that the student has."""
+        self.project, self.student, self.loop = project, student, project.config.onpolicy
+        self.done = checkpoints(project).index(start.name)
+        state = start / OPTIMIZER_FILE
+        losses = self.loop.algorithm.losses
+        self.updater = Updater(student, self.loop.update, state if state.exists() else None, losses)
+        self.looks = Looks(project, student)
+
+    def write(self, round_: int) -> list[Rollout]:
+        """The rollouts of a round, by the policy of `max_staleness` rounds before the one that they could have had.
+
+        After a restart that is no longer the policy that the student has: then its checkpoint writes.
+        """
+        project, student, loop = self.project, self.student, self.loop
         writer = Writer(
             student=student,
             sampling=loop.sampling,
             purpose="rollout",
             round=round_,
-            seed=phase_seed(config.seed, round_, "rollout"),
+            seed=phase_seed(project.config.seed, round_, "rollout"),
             batch_size=loop.rollout_batch_size,
             corpus=project.corpus,
             run_id=project.run_id,
         )
         prompts = draw(project, round_)
         project.corpus.add_prompts(prompts)
-        with student.under(None) if loop.algorithm.writer == "base" else nullcontext():
-            rollouts = writer.rollouts(prompts)
-        outcome = await algorithm.feedback(rollouts, round_)
-        project.corpus.add_feedback(outcome.feedback, round_=round_, run_id=project.run_id)
-        check(outcome, loop.max_failed_feedback)
-        replayed = replay(project, student, len(outcome.feedback), round_)
-        samples = fitting([*outcome.samples, *replayed], config.student.max_length)
+        wrote = max(0, round_ - 1 - loop.max_staleness)
+        policy = None if loop.algorithm.writer == "base" else project.run_dir.checkpoint(checkpoints(project)[wrote])
+        with student.under(policy) if policy is None or wrote != self.done else nullcontext():
+            return writer.rollouts(prompts, n=loop.algorithm.rollouts_per_prompt)
+
+    def update(self, round_: int, rollouts: list[Rollout], outcome: Outcome) -> dict[str, float]:
+        """Train on a round's samples and commit it; its metrics."""
+        project, student, loop, name = self.project, self.student, self.loop, checkpoints(self.project)[round_]
+        seed, run_dir = project.config.seed, project.run_dir
+        replayed = replay(
+            project, student, len({sample.pair_id or sample.sample_id for sample in outcome.samples}), round_
+        )
+        samples = fitting([*outcome.samples, *replayed], project.config.student.max_length)
         samples = referenced(student, samples, run_dir.checkpoint("sft"), loop.rollout_batch_size)
-        after_step = partial(looks.after, stage="onpolicy", checkpoint=name, round=round_)
-        steps = updater.run(samples, phase_seed(config.seed, round_, "update"), after_step)
         metrics = {
             **outcome.metrics,
+            **health.of_rollouts(rollouts),
             "feedback": len(outcome.feedback),
             "feedback_failed": outcome.failed / max(1, outcome.asked),
             "replayed": len(replayed),
-            "rollout_length": sum(len(r.completion_ids) for r in rollouts) / max(1, len(rollouts)),
-            "rollout_logprob": sum(map(sum, (r.logprobs for r in rollouts)))
-            / max(1, sum(len(r.logprobs) for r in rollouts)),
+            "staleness": min(loop.max_staleness, round_ - 1),
+            "kl_to_start": kl_to(run_dir.checkpoint("sft"), student, rollouts, loop.rollout_batch_size),
         }
+        after_step = partial(self.looks.after, stage="onpolicy", checkpoint=name, round=round_)
+        steps = self.updater.run(samples, phase_seed(seed, round_, "update"), after_step)
         with run_dir.committing(name, project.settings_of(name)) as folder:
             student.save(folder)
-            updater.save(folder / OPTIMIZER_FILE)
+            self.updater.save(folder / OPTIMIZER_FILE)
+            for file, content in outcome.state.items():
+                (folder / file).write_bytes(content)
             write_card(
-                folder,
-                project,
-                name,
-                f"on-policy `{loop.algorithm.name}`, round {round_}",
-                config.student.model,
+                folder, project, name, f"on-policy `{loop.algorithm.name}`, round {round_}", student.config.model
             )
         project.log("onpolicy", metric_rows(name, round_, metrics, steps))
-        student.policy = student.policy_of(run_dir.checkpoint(name))
-        rounds[name] = {**metrics, "loss": steps[-1]["loss"]}
+        student.policy, self.done = student.policy_of(run_dir.checkpoint(name)), round_
         say(f"onpolicy: {name}: {len(rollouts)} rollouts, {len(outcome.feedback)} with feedback, "
             f"{len(replayed)} replayed, "
             f"{len(steps)} steps, loss {steps[0]['loss']:.3f} -> {steps[-1]['loss']:.3f}")  # fmt: skip
-    return {"rounds": rounds}
+        return {**metrics, "loss": steps[-1]["loss"]}
+
+
+def kl_to(start: Path, student: Student, rollouts: Sequence[Rollout], batch_size: int) -> float:
+    """KL of the policy that wrote the rollouts to the checkpoint `start`, nats a token on its own samples.
+
+    Mean of `exp(d) - 1 - d` with d = log p_start - log p (k3, http://joschu.net/blog/kl-approx.html).
+    """
+    rows = [student.renderer.join(rollout.prompt_ids, rollout.completion_ids) for rollout in rollouts]
+    with student.under(start):
+        scores = student.logprobs(rows, batch_size=batch_size)
+    return health.kl([r.logprobs for r in rollouts], scores)
 
 
 def draw(project: Project, round_: int) -> list[Prompt]:

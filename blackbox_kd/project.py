@@ -72,11 +72,22 @@ class OnPolicyConfig(Section):
     max_completion_length: int = Field(256, ge=1)
     """Tokens of a rollout."""
     rollout_batch_size: int = Field(16, ge=1)
+    max_staleness: int = Field(0, ge=0, le=1)
+    """0: a round's samples are of the policy that they update. 1: of the one before it, so that the student writes and
+    learns while the teacher works."""
     replay: float = Field(0.25, ge=0, lt=1)
     """Share of teacher rows of the sequence-level stage in each update."""
     max_failed_feedback: float = Field(0.2, ge=0, le=1)
     """A round with a larger share of unusable feedback stops the run."""
     update: UpdateConfig = UpdateConfig()
+
+    @model_validator(mode="after")
+    def _groups_differ(self) -> OnPolicyConfig:
+        if self.algorithm.rollouts_per_prompt > 1 and self.temperature == 0:
+            raise ValueError(
+                f"onpolicy.temperature: {self.algorithm.name} compares samples of one prompt, and at 0 all are the same"
+            )
+        return self
 
     @property
     def sampling(self) -> SamplingParams:

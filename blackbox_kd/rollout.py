@@ -21,6 +21,9 @@ from blackbox_kd.types import (
     scorer,
 )
 
+TOP = 20
+"""Alternatives of the student's own that a rollout carries: as many as the hosted APIs show of a teacher's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Writer:
@@ -36,8 +39,10 @@ class Writer:
     corpus: Corpus
     run_id: str
 
-    def answers(self, prompts: Sequence[Prompt], *, scored: bool = False) -> list[tuple[Prompt, Completion]]:
-        """One completion for each prompt that fits into `student.max_length`, in order.
+    def answers(
+        self, prompts: Sequence[Prompt], *, n: int = 1, scored: bool = False
+    ) -> list[tuple[Prompt, Completion]]:
+        """`n` completions for each prompt that fits into `student.max_length`, in order.
 
         `scored` stores the drawn tokens with their log-probs, from a forward pass in eval mode as the update's.
         """
@@ -47,26 +52,47 @@ class Writer:
         fitting = [prompt for prompt in prompts if len(prompt_ids[prompt.prompt_id]) <= longest]
         if len(fitting) < len(prompts):
             say(f"{len(prompts) - len(fitting)} prompts are longer than student.max_length allows; they are left out")
-        requests = [self._request(prompt) for prompt in fitting]
+        drawn = [(prompt, draw) for prompt in fitting for draw in range(n)]
+        requests = [self._request(prompt, draw) for prompt, draw in drawn]
         known = self.corpus.answers([request.request_key for request in requests])
-        todo = [(p, r) for p, r in zip(fitting, requests, strict=True) if r.request_key not in known]
+        todo = [(p, r) for (p, _), r in zip(drawn, requests, strict=True) if r.request_key not in known]
         if todo:
             self.corpus.add_requests([request for _, request in todo])
             written = self._write([(request, prompt_ids[prompt.prompt_id]) for prompt, request in todo], scored)
             by = scorer(student.config.model, student.policy)
             self.corpus.add_completions(written, scorer=by, run_id=self.run_id)
             known |= {completion.request_key: [completion] for completion in written}
-        return [(p, known[r.request_key][0]) for p, r in zip(fitting, requests, strict=True)]
+        return [(p, known[r.request_key][0]) for (p, _), r in zip(drawn, requests, strict=True)]
 
-    def rollouts(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        """Scored answers with their tokens.
+    def rollouts(self, prompts: Sequence[Prompt], *, n: int = 1) -> list[Rollout]:
+        """Scored answers with their tokens, `n` for each prompt.
+
+        They are scored anew, also where they were read back: the corpus rounds, and an update that was repeated after
+        a kill would not be the same.
 
         Raises:
             AlignmentError: stored tokens that do not spell the stored text.
         """
-        return [self._rollout(prompt, completion) for prompt, completion in self.answers(prompts, scored=True)]
+        student = self.student
+        answers = self.answers(prompts, n=n, scored=True)
+        ids = [self._ids(completion) for _, completion in answers]
+        prompt_ids = [student.renderer.prompt(prompt.messages) for prompt, _ in answers]
+        rows = [student.renderer.join(*each) for each in zip(prompt_ids, ids, strict=True)]
+        scores = student.score(rows, batch_size=self.batch_size, k=TOP)
+        return [
+            Rollout(
+                prompt=prompt,
+                completion=completion,
+                prompt_ids=prompt_ids[i],
+                completion_ids=ids[i],
+                logprobs=scores[i].logprobs.tolist(),
+                draw=i % n,
+                top=scores[i].top,
+            )
+            for i, (prompt, completion) in enumerate(answers)
+        ]
 
-    def _request(self, prompt: Prompt) -> Request:
+    def _request(self, prompt: Prompt, draw: int) -> Request:
         body = {
             "model": self.student.config.model,
             "policy": self.student.policy,
@@ -77,7 +103,9 @@ class Writer:
         }
         if self.sampling.temperature > 0:
             body["seed"] = self.seed
-        return Request(purpose=self.purpose, endpoint="generate", body=body, prompt_id=prompt.prompt_id)
+        return Request(
+            purpose=self.purpose, endpoint="generate", body=body, prompt_id=prompt.prompt_id, sample_idx=draw
+        )
 
     def _write(self, todo: Sequence[tuple[Request, list[int]]], scored: bool) -> list[Completion]:
         student = self.student
@@ -120,15 +148,8 @@ class Writer:
             logprobs=logprobs,
         )
 
-    def _rollout(self, prompt: Prompt, completion: Completion) -> Rollout:
-        tokens = completion.logprobs or []
-        ids = [token.id if token.id is not None else -1 for token in tokens]
+    def _ids(self, completion: Completion) -> list[int]:
+        ids = [token.id if token.id is not None else -1 for token in completion.logprobs or []]
         if len(ids) != completion.usage.completion_tokens or self.student.renderer.decode(ids) != completion.text:
             raise AlignmentError(f"the stored tokens of rollout {completion.completion_id} do not spell its text")
-        return Rollout(
-            prompt=prompt,
-            completion=completion,
-            prompt_ids=self.student.renderer.prompt(prompt.messages),
-            completion_ids=ids,
-            logprobs=[token.logprob for token in tokens],
-        )
+        return ids

@@ -11,6 +11,8 @@ import sys
 from typing import Any
 
 from blackbox_kd import evaluate, onpolicy, sample, sft, yardstick
+from blackbox_kd.algorithms.base import Tools
+from blackbox_kd.lane import Lane
 from blackbox_kd.progress import say
 from blackbox_kd.project import Project, stage_main
 from blackbox_kd.prompts import SPLITS
@@ -39,7 +41,7 @@ def check(project: Project) -> None:
     if config.sft.soft_labels and config.sample.top_logprobs:
         check_soft(args)
     student = Student(config.student, seed=config.seed)
-    config.onpolicy.algorithm.build(project.teacher, student.renderer)
+    config.onpolicy.algorithm.build(Tools(project.teacher, student.renderer, config.student, Lane()))
     for split in SPLITS:
         for prompt in project.prompts[split]:
             student.renderer.prompt(prompt.messages)

@@ -201,6 +201,15 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
     """None where nobody can know: the call was in flight when the process or the connection died."""
 
 
+class TopK(NamedTuple):
+    """The likeliest next tokens at S places of a text, in the student's vocabulary."""
+
+    ids: np.ndarray
+    """(S, K) int, unique in a row; empty slots are id 0 with -inf."""
+    logprobs: np.ndarray
+    """(S, K) nats."""
+
+
 class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     """The student's own sample for one prompt."""
 
@@ -212,6 +221,10 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     """The student's tokens as drawn, the end token included where it was drawn."""
     logprobs: list[float]
     """log pi(token) of each completion token under the policy that wrote it, temperature 1, eval mode."""
+    draw: int = 0
+    """Number among the samples of its prompt in this round."""
+    top: Any = None
+    """TopK of that policy at each completion token, in descending order; None where none was kept."""
 
 
 class Feedback(msgspec.Struct, frozen=True, kw_only=True):
@@ -229,15 +242,6 @@ class Feedback(msgspec.Struct, frozen=True, kw_only=True):
     detail: dict[str, Any] = {}
 
 
-class SoftTargets(NamedTuple):
-    """What the teacher would have written next, for the S tokens of a sample that learn it."""
-
-    ids: np.ndarray
-    """(S, K) student ids, unique in a row; empty slots are id 0 with -inf."""
-    logprobs: np.ndarray
-    """(S, K) nats."""
-
-
 class TrainSample(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens to learn from. The trainer reads weights, never an algorithm's name."""
 
@@ -250,7 +254,7 @@ class TrainSample(msgspec.Struct, frozen=True, kw_only=True):
     For `pg` the weight is the advantage; for `pair` it is 1 on the chosen answer's tokens and -1 on the rejected one's.
     """
     soft: Any = None
-    """SoftTargets of the tokens whose `topk_kl` weight is not 0, in their order; None where there are none."""
+    """TopK of the teacher at the tokens whose `topk_kl` weight is not 0, in their order; None where there are none."""
     logprobs: Mapping[str, list[float]] = {}
     """`old`: of the policy that wrote the tokens (`pg`); `ref`: of the reference (`pair`). As long as `input_ids`."""
     pair_id: str | None = None

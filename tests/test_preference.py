@@ -22,15 +22,15 @@ from blackbox_kd.teachers.scripted import ScriptedTeacherConfig
 from blackbox_kd.teachers.teacher import Teacher
 from blackbox_kd.types import Rollout, TrainSample
 from tests.conftest import RUN_ID
-from tests.test_relabel import renderer, rollout
+from tests.rollouts import renderer, rollout, tools
 
-__all__ = ["renderer"]  # a fixture of that file
+__all__ = ["renderer"]  # a fixture
 
 
 def feedback(corpus: Corpus, renderer: Renderer, rollouts: list[Rollout], reply: str, **config: Any) -> Outcome:
     async def ask() -> Outcome:
         async with Teacher(ScriptedTeacherConfig(reply=reply), corpus, RUN_ID, sample=SampleConfig()) as teacher:
-            return await PreferenceConfig(**config).build(teacher, renderer).feedback(rollouts, 1)
+            return await PreferenceConfig(**config).build(tools(teacher, renderer)).feedback(rollouts, 1)
 
     return asyncio.run(ask())
 

@@ -16,43 +16,17 @@ from blackbox_kd.corpus import Corpus
 from blackbox_kd.student.render import IGNORE, Renderer
 from blackbox_kd.teachers.scripted import ScriptedTeacherConfig
 from blackbox_kd.teachers.teacher import Teacher
-from blackbox_kd.types import Completion, Prompt, Rollout
+from blackbox_kd.types import Rollout
 from tests.conftest import RUN_ID
+from tests.rollouts import renderer, rollout, tools
 
-
-@pytest.fixture(scope="module")
-def renderer(tiny_model: Path) -> Renderer:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    return Renderer(tokenizer, [tokenizer.eos_token_id])
-
-
-def rollout(renderer: Renderer, question: str, draft: str, logprob: float = -1.0) -> Rollout:
-    prompt = Prompt(messages=[{"role": "user", "content": question}], split="train", source="t")
-    completion = Completion(
-        request_key=prompt.prompt_id,
-        prompt_id=prompt.prompt_id,
-        author="student",
-        model="s",
-        policy="p",
-        text=draft,
-        finish_reason="stop",
-    )
-    ids = renderer.completion(draft)
-    return Rollout(
-        prompt=prompt,
-        completion=completion,
-        prompt_ids=renderer.prompt(prompt.messages),
-        completion_ids=ids,
-        logprobs=[logprob] * len(ids),
-    )
+__all__ = ["renderer"]  # a fixture
 
 
 def feedback(corpus: Corpus, renderer: Renderer, rollouts: list[Rollout], reply: str, **config: Any) -> Outcome:
     async def ask() -> Outcome:
         async with Teacher(ScriptedTeacherConfig(reply=reply), corpus, RUN_ID) as teacher:
-            algorithm: Algorithm = RelabelConfig(**config).build(teacher, renderer)
+            algorithm: Algorithm = RelabelConfig(**config).build(tools(teacher, renderer))
             return await algorithm.feedback(rollouts, 1)
 
     return asyncio.run(ask())
@@ -94,7 +68,7 @@ def test_afresh_asks_where_the_student_is_least_sure(renderer: Renderer) -> None
 def test_a_later_round_draws_anew(corpus: Corpus, renderer: Renderer) -> None:
     config = RelabelConfig(mode="afresh")
     teacher = Teacher(ScriptedTeacherConfig(), corpus, RUN_ID, sample=SampleConfig(n=2))
-    algorithm = config.build(teacher, renderer)
+    algorithm = config.build(tools(teacher, renderer))
     one = rollout(renderer, "Say 1", "x")
     keys = {algorithm._request(one, round_).request_key for round_ in (1, 2)}
     sampled = {teacher.request(one.prompt, "sample", algorithm._sampling, sample_idx=i).request_key for i in (0, 1)}
@@ -134,7 +108,7 @@ def test_every_algorithm_says_what_it_needs_and_costs_and_learns_something(
 
     async def ask() -> Outcome:
         async with Teacher(ScriptedTeacherConfig(), corpus, RUN_ID) as teacher:
-            return await config().build(teacher, renderer).feedback(rollouts, 1)
+            return await config().build(tools(teacher, renderer)).feedback(rollouts, 1)
 
     outcome = asyncio.run(ask())
     assert outcome.samples

@@ -116,4 +116,4 @@ def test_tokens_that_do_not_spell_the_text_stop(
     assert tokens is not None
     swapped: Completion = msgspec.structs.replace(completion, logprobs=[*tokens[1:], tokens[0]])
     with pytest.raises(AlignmentError, match="do not spell its text"):
-        writer._rollout(prompts[0], swapped)
+        writer._ids(swapped)

@@ -16,7 +16,7 @@ from blackbox_kd.student.components import COMPONENTS
 from blackbox_kd.student.samples import batches
 from blackbox_kd.student.student import Student
 from blackbox_kd.student.update import Updater
-from blackbox_kd.types import SoftTargets, TrainSample
+from blackbox_kd.types import TopK, TrainSample
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def streams(student: Student, name: str, count: int = 8) -> list[TrainSample]:
         size = int(sum(kept))
         signs = {"pg": rng.normal(size=len(kept)), "pair": np.full(len(kept), -1.0 if i % 2 else 1.0)}
         ids = np.stack([rng.choice(320, 3, replace=False) for _ in range(size)])
-        teacher = SoftTargets(ids, np.log(rng.dirichlet(np.ones(4), size)[:, :3]))
+        teacher = TopK(ids, np.log(rng.dirichlet(np.ones(4), size)[:, :3]))
         found.append(
             TrainSample(
                 sample_id=sample.sample_id,

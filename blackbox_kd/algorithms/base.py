@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from blackbox_kd.config import Section
+from blackbox_kd.config import Section, StudentConfig
 from blackbox_kd.errors import AlignmentError
+from blackbox_kd.lane import Lane
 from blackbox_kd.student.render import IGNORE, Rendered, Renderer
+from blackbox_kd.teachers.base import Capabilities
 from blackbox_kd.teachers.teacher import Teacher
 from blackbox_kd.types import Feedback, Rollout, TrainSample
 
@@ -26,18 +30,34 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """Of those, how many got none that can be used; they are dropped, never scored as zero."""
     metrics: dict[str, float] = {}
     """What is worth a look in each round."""
+    state: dict[str, bytes] = {}
+    """Files that the next round's feedback starts from; they are kept with the round's checkpoint."""
 
 
-class Algorithm(Protocol):
-    """One round: rollouts in, train samples out."""
+class Tools(NamedTuple):
+    """What an algorithm may work with."""
 
+    teacher: Teacher
+    renderer: Renderer
+    student: StudentConfig
+    lane: Lane
+    """Where torch computes; an algorithm that does it elsewhere disturbs the update beside it."""
+
+
+class Algorithm(ABC):
+    """One round: rollouts in, train samples out. Rounds are asked about in order, one at a time."""
+
+    def restore(self, checkpoint: Path) -> None:
+        """Go on from the `Outcome.state` that lies in the last committed checkpoint; files may be missing in `sft`."""
+        return
+
+    @abstractmethod
     async def feedback(self, rollouts: Sequence[Rollout], round_: int) -> Outcome:
         """Ask about the rollouts and make samples of the replies.
 
         Raises:
             TeacherError: the endpoint is gone or refuses.
         """
-        ...
 
 
 class AlgorithmConfig(Section):
@@ -62,6 +82,15 @@ class AlgorithmConfig(Section):
         return "fresh"
 
     @property
+    def rollouts_per_prompt(self) -> int:
+        """Samples of the student for one prompt in a round: a group, of which each member has its `draw`."""
+        return 1
+
+    def lacking(self, can: Capabilities) -> str | None:
+        """What the endpoint would have to be able to do, and cannot; None where nothing is lacking."""
+        return None
+
+    @property
     def calls_per_rollout(self) -> float:
         """Questions to the teacher for one rollout, on average: what `plan` counts with."""
         raise NotImplementedError
@@ -75,7 +104,7 @@ class AlgorithmConfig(Section):
         """Hash of the files that the algorithm reads, so that an edit is not taken for the same experiment."""
         return None
 
-    def build(self, teacher: Teacher, renderer: Renderer) -> Algorithm:
+    def build(self, tools: Tools) -> Algorithm:
         """The algorithm, its files read and checked."""
         raise NotImplementedError
 

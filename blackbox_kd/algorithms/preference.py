@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from blackbox_kd.algorithms.base import AlgorithmConfig, Outcome, on_completion
+from blackbox_kd.algorithms.base import Algorithm, AlgorithmConfig, Outcome, Tools, on_completion
 from blackbox_kd.judging import usable_text
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.teachers.teacher import Teacher
@@ -58,12 +58,12 @@ class PreferenceConfig(AlgorithmConfig):
         """As by `sample`."""
         return None
 
-    def build(self, teacher: Teacher, renderer: Renderer) -> Preference:
+    def build(self, tools: Tools) -> Preference:
         """No files to read."""
-        return Preference(self, teacher, renderer)
+        return Preference(self, tools.teacher, tools.renderer)
 
 
-class Preference:
+class Preference(Algorithm):
     """See the module."""
 
     def __init__(self, config: PreferenceConfig, teacher: Teacher, renderer: Renderer) -> None:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from blackbox_kd.algorithms.base import AlgorithmConfig, Outcome, ce_sample
+from blackbox_kd.algorithms.base import Algorithm, AlgorithmConfig, Outcome, Tools, ce_sample
 from blackbox_kd.judging import RewritePrompt, usable_text
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.teachers.teacher import Teacher
@@ -50,12 +50,12 @@ class RelabelConfig(AlgorithmConfig):
         """Of template and examples."""
         return RewritePrompt(None, self.template, self.examples, "onpolicy.algorithm").content_hash
 
-    def build(self, teacher: Teacher, renderer: Renderer) -> Relabel:
+    def build(self, tools: Tools) -> Relabel:
         """With its template and examples read."""
-        return Relabel(self, teacher, renderer)
+        return Relabel(self, tools.teacher, tools.renderer)
 
 
-class Relabel:
+class Relabel(Algorithm):
     """See the module."""
 
     def __init__(self, config: RelabelConfig, teacher: Teacher, renderer: Renderer) -> None:

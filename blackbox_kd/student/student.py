@@ -23,7 +23,7 @@ from blackbox_kd.losses import divergence, token_logprobs
 from blackbox_kd.progress import counting
 from blackbox_kd.student.load import base_id, end_ids, load_base
 from blackbox_kd.student.render import IGNORE, Rendered, Renderer
-from blackbox_kd.types import SamplingParams
+from blackbox_kd.types import SamplingParams, TopK
 
 ADAPTER_FILE = "adapter_model.safetensors"
 OWN_ADAPTER, OTHER_ADAPTER = "default", "other"
@@ -37,6 +37,8 @@ class TokenScores(NamedTuple):
     """(S,) log p in nats."""
     tail_kl: np.ndarray
     """(S,) nats, see `yardstick`; NaN where a token has no soft label."""
+    top: TopK
+    """(S, K) of the student itself, the likeliest first."""
 
 
 class Student:
@@ -138,21 +140,23 @@ class Student:
 
     def logprobs(self, rows: Sequence[Rendered], *, batch_size: int) -> list[list[float]]:
         """log p of each supervised token in nats (temperature 1, eval mode), one list for each row."""
-        scores = self.score(rows, [None] * len(rows), batch_size=batch_size)
+        scores = self.score(rows, batch_size=batch_size)
         return [each.logprobs.tolist() for each in scores]
 
     @torch.no_grad()
     def score(
-        self, rows: Sequence[Rendered], soft: Sequence[SoftLabels | None], *, batch_size: int
+        self, rows: Sequence[Rendered], soft: Sequence[SoftLabels | None] = (), *, batch_size: int, k: int = 0
     ) -> list[TokenScores]:
         """Each row's S supervised tokens at temperature 1 in eval mode, beside the teacher's soft labels of them.
 
+        `k`: how many of the student's own likeliest tokens are given at each place.
         The mode that the model was in is put back: a trainer may be in the middle of its work.
 
         Raises:
             AlignmentError: a row with another number of soft labels than supervised tokens.
         """
         found: list[TokenScores] = []
+        soft = soft or [None] * len(rows)
         with _evaluating(self.model):
             for start in range(0, len(rows), batch_size):
                 batch, labels = rows[start : start + batch_size], soft[start : start + batch_size]
@@ -162,7 +166,7 @@ class Student:
                 first = first_kept(targets_BT != IGNORE)
                 logits_BTV = logits_from(self.model, input_ids, mask, first)
                 targets_BT = targets_BT[:, first:].to(self.device)
-                found += [_scores(*each) for each in zip(logits_BTV, targets_BT, labels, strict=True)]
+                found += [_scores(*each, k) for each in zip(logits_BTV, targets_BT, labels, strict=True)]
         return found
 
     def pad(self, rows: Sequence[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -206,7 +210,7 @@ def _linear_names(base: Any) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in linear})
 
 
-def _scores(logits_TV: torch.Tensor, targets_T: torch.Tensor, soft: SoftLabels | None) -> TokenScores:
+def _scores(logits_TV: torch.Tensor, targets_T: torch.Tensor, soft: SoftLabels | None, k: int) -> TokenScores:
     kept_T = targets_T != IGNORE
     logits_SV, targets_S1 = logits_TV[kept_T], targets_T[kept_T].unsqueeze(1)
     logprobs_S = token_logprobs(logits_SV, targets_S1).squeeze(1)
@@ -219,7 +223,12 @@ def _scores(logits_TV: torch.Tensor, targets_T: torch.Tensor, soft: SoftLabels |
         ids_LK = torch.from_numpy(soft.ids).to(logits_SV.device, torch.long)[labelled_S]
         student_LK = token_logprobs(logits_SV[labelled_S], ids_LK)
         tail_kl_S[labelled_S] = divergence(teacher_SK[labelled_S], student_LK, beta=0.0, tail="bucket")
-    return TokenScores(logprobs_S.cpu().numpy(), tail_kl_S.cpu().numpy())
+    return TokenScores(logprobs_S.cpu().numpy(), tail_kl_S.cpu().numpy(), _top(logits_SV, k))
+
+
+def _top(logits_SV: torch.Tensor, k: int) -> TopK:
+    ids_SK = logits_SV.topk(min(k, logits_SV.shape[1])).indices
+    return TopK(ids_SK.cpu().numpy(), token_logprobs(logits_SV, ids_SK).cpu().numpy())
 
 
 def first_kept(kept_BT: torch.Tensor) -> int:

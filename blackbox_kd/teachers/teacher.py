@@ -8,9 +8,10 @@ from pathlib import Path
 from blackbox_kd.config import SampleConfig
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.prompts import PrivateContext
-from blackbox_kd.teachers.base import TeacherConfig
+from blackbox_kd.teachers.base import Capabilities, TeacherConfig
 from blackbox_kd.teachers.budget import BudgetConfig
 from blackbox_kd.teachers.engine import Engine
+from blackbox_kd.teachers.probe import capabilities
 from blackbox_kd.teachers.wire import chat_body
 from blackbox_kd.types import Completion, Message, Prompt, Purpose, Request, SamplingParams
 
@@ -76,6 +77,11 @@ class Teacher(Questions):
         super().__init__(config, sample)
         self.corpus, self.run_id = corpus, run_id
         self.engine = Engine(config, corpus, run_id, caps=caps, run_dir=run_dir)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the endpoint can do, as far as `probe` or the config says."""
+        return capabilities(self.corpus, self.config)
 
     async def __aenter__(self) -> Teacher:
         return self

@@ -1,0 +1,47 @@
+"""Rollouts made by hand, and what an algorithm works with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from blackbox_kd.algorithms.base import Tools
+from blackbox_kd.config import StudentConfig
+from blackbox_kd.lane import Lane
+from blackbox_kd.student.render import Renderer
+from blackbox_kd.teachers.teacher import Teacher
+from blackbox_kd.types import Completion, Prompt, Rollout
+
+
+@pytest.fixture(scope="module")
+def renderer(tiny_model: Path) -> Renderer:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    return Renderer(tokenizer, [tokenizer.eos_token_id])
+
+
+def rollout(renderer: Renderer, question: str, draft: str, logprob: float = -1.0) -> Rollout:
+    prompt = Prompt(messages=[{"role": "user", "content": question}], split="train", source="t")
+    completion = Completion(
+        request_key=prompt.prompt_id,
+        prompt_id=prompt.prompt_id,
+        author="student",
+        model="s",
+        policy="p",
+        text=draft,
+        finish_reason="stop",
+    )
+    ids = renderer.completion(draft)
+    return Rollout(
+        prompt=prompt,
+        completion=completion,
+        prompt_ids=renderer.prompt(prompt.messages),
+        completion_ids=ids,
+        logprobs=[logprob] * len(ids),
+    )
+
+
+def tools(teacher: Teacher, renderer: Renderer, student: StudentConfig | None = None) -> Tools:
+    return Tools(teacher, renderer, student or StudentConfig(model="none"), Lane())
