@@ -179,8 +179,8 @@ def _say_waiting(path: Path) -> Callable[[tenacity.RetryCallState], None]:
 
 
 def _is_locked(error: BaseException) -> bool:
-    text = str(error)
-    return "Could not set lock" in text or "different configuration" in text
+    """By another process; or by another thread of ours that opens it otherwise, or is just closing it."""
+    return any(sign in str(error) for sign in ("Could not set lock", "different configuration", "file handle conflict"))
 
 
 def _is_being_made(path: Path, error: BaseException) -> bool:
