@@ -13,27 +13,43 @@ the student is updated on round r-1 and writes round r+1.
 
 A round commits by renaming its checkpoint folder. A killed round is repeated with the same seeds: its rollouts are
 read back from the corpus, and what the teacher said already is not asked again.
+
+The update may be shared by several processes (`student.ranks`), of which the first alone does everything else: it
+writes the rollouts, asks the teacher and keeps the books.
 """
 
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
+from contextlib import suppress
 from itertools import takewhile
 from typing import Any
 
 from blackbox_kd.algorithms.base import Algorithm, Outcome, Tools
 from blackbox_kd.errors import ConfigError, TeacherError, TeacherRefused
 from blackbox_kd.lane import Lane
-from blackbox_kd.progress import say
-from blackbox_kd.project import Project, stage_main
+from blackbox_kd.progress import console, say
+from blackbox_kd.project import Config, Project, stage_main
+from blackbox_kd.student.ranks import PeerGone, Ranks
 from blackbox_kd.student.student import Student
-from blackbox_kd.trainee import Trainee, checkpoints
+from blackbox_kd.trainee import Trainee, checkpoints, updater_of
 from blackbox_kd.types import Rollout
 
 
 async def run(project: Project) -> dict[str, Any]:
     """All rounds that are not done yet; metrics of each by name."""
+    lane = Lane()
+    ranks = await lane.run(Ranks.join, project.config.student)
+    found = await go_round(project, lane, ranks)
+    await lane.run(ranks.share)  # there is nothing more to follow
+    await lane.run(ranks.leave)
+    return {"rounds": found}
+
+
+async def go_round(project: Project, lane: Lane, ranks: Ranks) -> dict[str, dict[str, float]]:
+    """Metrics of each round, by its checkpoint."""
     config, run_dir, loop = project.config, project.run_dir, project.config.onpolicy
     names = checkpoints(project)
     done = len(list(takewhile(lambda name: run_dir.done(name, project.settings_of(name)), names)))
@@ -41,14 +57,15 @@ async def run(project: Project) -> dict[str, Any]:
         raise ConfigError(f"no {run_dir.checkpoint('sft')}: run `sft` first")
     if done == len(names):
         say(f"onpolicy: all {loop.rounds} rounds are there already")
-        return {"rounds": {}}
+        return {}
     if lacking := loop.algorithm.lacking(project.teacher.capabilities):
         raise TeacherRefused(f"onpolicy.algorithm {loop.algorithm.name}: {lacking}")
-    start, lane = run_dir.checkpoint(names[done - 1]), Lane()
+    start = run_dir.checkpoint(names[done - 1])
+    await lane.run(ranks.share, start)
     student = Student(config.student, adapter=start)
     algorithm = loop.algorithm.build(Tools(project.teacher, student.renderer, config.student, lane))
     algorithm.restore(start)
-    trainee = Trainee(project, student, start)
+    trainee = await lane.run(Trainee, project, student, start, ranks)
     told: dict[int, asyncio.Task[Told]] = {}
     found: dict[str, dict[str, float]] = {}
     try:
@@ -62,7 +79,20 @@ async def run(project: Project) -> dict[str, Any]:
         for task in told.values():
             task.cancel()
         await asyncio.gather(*told.values(), return_exceptions=True)
-    return {"rounds": found}
+    return found
+
+
+def follow(config: Config) -> None:
+    """Every rank but the first: its share of the updates, and no run directory, corpus or teacher."""
+    ranks = Ranks.join(config.student)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 knows what to do, and takes this one with it
+    with suppress(PeerGone):
+        if start := ranks.share():
+            updater = updater_of(config, Student(config.student, adapter=start), start, ranks)
+            console.quiet = True  # from here on rank 0 sees the same
+            while task := ranks.share():
+                updater.run(*task)
+        ranks.leave()
 
 
 Told = tuple[list[Rollout], Outcome]
@@ -96,7 +126,7 @@ def check(outcome: Outcome, limit: float) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command."""
-    return stage_main("onpolicy", __doc__, run, argv)
+    return stage_main("onpolicy", __doc__, run, argv, follow=follow)
 
 
 if __name__ == "__main__":

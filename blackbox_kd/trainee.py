@@ -16,8 +16,9 @@ from blackbox_kd.algorithms.base import Outcome, ce_sample
 from blackbox_kd.hashing import phase_seed
 from blackbox_kd.model_card import write_card
 from blackbox_kd.progress import say
-from blackbox_kd.project import Project
+from blackbox_kd.project import Config, Project
 from blackbox_kd.rollout import Writer
+from blackbox_kd.student.ranks import Ranks
 from blackbox_kd.student.render import IGNORE, Rendered
 from blackbox_kd.student.student import Student
 from blackbox_kd.student.update import Updater
@@ -32,16 +33,20 @@ def checkpoints(project: Project) -> list[str]:
     return ["sft", *(f"round-{r}" for r in range(1, project.config.onpolicy.rounds + 1))]
 
 
+def updater_of(config: Config, student: Student, start: Path, ranks: Ranks) -> Updater:
+    """As the checkpoint `start` left it."""
+    state, loop = start / OPTIMIZER_FILE, config.onpolicy
+    return Updater(student, loop.update, state if state.exists() else None, loop.algorithm.losses, ranks)
+
+
 class Trainee:
     """The student's side of the loop; all of it runs in the lane."""
 
-    def __init__(self, project: Project, student: Student, start: Path) -> None:
+    def __init__(self, project: Project, student: Student, start: Path, ranks: Ranks) -> None:
         """`start` is the checkpoint that the student has."""
         self.project, self.student, self.loop = project, student, project.config.onpolicy
         self.done = checkpoints(project).index(start.name)
-        state = start / OPTIMIZER_FILE
-        losses = self.loop.algorithm.losses
-        self.updater = Updater(student, self.loop.update, state if state.exists() else None, losses)
+        self.ranks, self.updater = ranks, updater_of(project.config, student, start, ranks)
         self.looks = Looks(project, student)
 
     def write(self, round_: int) -> list[Rollout]:
@@ -86,7 +91,9 @@ class Trainee:
             "kl_to_start": kl_to(run_dir.checkpoint("sft"), student, rollouts, loop.rollout_batch_size),
         }
         after_step = partial(self.looks.after, stage="onpolicy", checkpoint=name, round=round_)
-        steps = self.updater.run(samples, phase_seed(seed, round_, "update"), after_step)
+        task = samples, phase_seed(seed, round_, "update")
+        self.ranks.share(task)
+        steps = self.updater.run(*task, after_step)
         with run_dir.committing(name, project.settings_of(name)) as folder:
             student.save(folder)
             self.updater.save(folder / OPTIMIZER_FILE)
