@@ -63,7 +63,7 @@ async def go_round(project: Project, lane: Lane, ranks: Ranks) -> dict[str, dict
     start = run_dir.checkpoint(names[done - 1])
     await lane.run(ranks.share, start)
     student = Student(config.student, adapter=start)
-    algorithm = loop.algorithm.build(Tools(project.teacher, student.renderer, config.student, lane))
+    algorithm = loop.algorithm.build(Tools(project.teacher, student.renderer, config.student, lane, config.seed))
     algorithm.restore(start)
     trainee = await lane.run(Trainee, project, student, start, ranks)
     told: dict[int, asyncio.Task[Told]] = {}
