@@ -14,10 +14,9 @@ from blackbox_kd.corpus.store import Corpus
 from blackbox_kd.errors import CorpusBusy, CorpusError
 from blackbox_kd.progress import say
 
-BATCH_S, LONGEST_BATCH_S = 1.0, 5.0
-"""Between two ingests; in between, the file is free. Opening and closing it takes as long as hundreds of rows, hence ..."""
-FREE = 10
-"""... so many times as long as the last one took, within these bounds."""
+BATCH_S, LONGEST_BATCH_S, FREE = 1.0, 3.0, 10
+"""Between two ingests, FREE times as long as the last one took, within these bounds; in between, the file is free.
+Opening and closing it takes as long as hundreds of rows."""
 SEGMENT_BYTES = 1 << 26
 """A journal segment that has grown so large is followed by another, and deleted once all of it is in DuckDB."""
 REFUSED_TO_STOP = 8

@@ -71,6 +71,7 @@ class _BytesToken(_BytesTop, gc=False):
 
 
 _bytes = msgspec.json.Decoder(_BytesToken)
+_byte_list = msgspec.json.Decoder(list[int] | None)
 
 
 class _Logprobs(msgspec.Struct, Generic[Token]):
@@ -246,7 +247,7 @@ def _with_bytes(token: TokenLogprob, raw: _BytesToken) -> TokenLogprob:
 
 
 def _read_bytes(token: _BytesTop) -> list[int] | None:
-    return msgspec.json.decode(token.bytes, type=list[int] | None)
+    return _byte_list.decode(token.bytes)
 
 
 def _no_choices(reply: _Reply[Any], data: bytes) -> TeacherError:
