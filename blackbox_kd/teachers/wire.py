@@ -71,7 +71,7 @@ class _BytesToken(_BytesTop, gc=False):
 
 
 _bytes = msgspec.json.Decoder(_BytesToken)
-_byte_list = msgspec.json.Decoder(list[int] | None)
+_byte_list: msgspec.json.Decoder[list[int] | None] = msgspec.json.Decoder(list[int] | None)
 
 
 class _Logprobs(msgspec.Struct, Generic[Token]):
