@@ -67,10 +67,11 @@ TEACHER = Language({
 SWAPPED = Language({"x": TEACHER.tables["y"], "y": TEACHER.tables["x"]})
 """A teacher that answers the other question: what is learnt from it is not the teacher's."""
 WRONG = Language({
-    "x": {"": (20, 40, 38, 2), "a": (40, 10, 25, 25), "b": (40, 10, 10, 40), "c": (10, 30, 40, 20)},
-    "y": {"": (40, 38, 20, 2), "a": (40, 25, 10, 25), "b": (10, 20, 40, 30), "c": (30, 10, 30, 30)},
+    "x": {"": (23, 70, 5, 2), "a": (35, 35, 10, 20), "b": (10, 45, 30, 15), "c": (40, 20, 30, 10)},
+    "y": {"": (5, 70, 23, 2), "a": (35, 10, 35, 20), "b": (30, 45, 10, 15), "c": (10, 50, 30, 10)},
 })  # fmt: skip
-"""What the student speaks before it meets the teacher."""
+"""What the student speaks before it meets the teacher: far off, but it tells the kinds apart. One that must learn to do
+so (or to take each for the other) stays for long where both are answered alike."""
 
 ANSWERS: list[Path_] = [
     (*letters, END) for size in range(LONGEST) for letters in product(LETTERS, repeat=size)

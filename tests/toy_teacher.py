@@ -1,11 +1,13 @@
 """The teacher of tests/toy.py behind the chat API, honest in all that it is asked.
 
 It draws under the seed of the request and shows its true logprobs, goes on with an assistant's message, scores a given
-one (vLLM's `prompt_logprobs`), and answers a rewrite by a draw of its own. The prompt is found in whatever is asked.
+one (vLLM's `prompt_logprobs`), and answers a rewrite by a draw of its own. It grades answers, with and without a
+rubric, by how likely they are to be its own. The prompt is found in whatever is asked.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
@@ -21,6 +23,10 @@ ELSEWHERE = -14.0
 """Nats of what the teacher never says: a server shows a small number, not an infinite one."""
 
 
+RUBRIC = (1.5, 2.5, 3.5, 4.5, 6.0, 8.0)
+"""Nats of surprise that an answer is to stay below."""
+
+
 class ToyEndpoint:
     """`handler` of a FakeAPI."""
 
@@ -28,9 +34,11 @@ class ToyEndpoint:
         """The server's tokens are the student's, as `prompt_logprobs` shows their ids."""
         self.language, self.renderer = language, renderer
 
-    def __call__(self, body: dict[str, Any], request: web.Request) -> dict[str, Any]:
+    def __call__(self, body: dict[str, Any], request: web.Request | None) -> dict[str, Any]:
         messages = body["messages"]
         prompt = prompt_in(messages)
+        if "Reply with JSON only" in str(messages[-1]["content"]):
+            return self._judged(body, prompt, str(messages[-1]["content"]))
         written = str(messages[-1]["content"]) if messages[-1]["role"] == "assistant" else ""
         rng = random.Random(body.get("seed"))
         drawn = [self.language.write(prompt, written, rng, body["max_tokens"]) for _ in range(body.get("n", 1))]
@@ -40,6 +48,27 @@ class ToyEndpoint:
         if (k := body.get("prompt_logprobs")) is not None:
             reply["prompt_logprobs"] = self._scored(body, prompt, k)
         return reply
+
+    def _judged(self, body: dict[str, Any], prompt: str, asked: str) -> dict[str, Any]:
+        """A rubric, verdicts by one, or grades: all of them fall with the answer's surprise."""
+        shown = re.findall(r"<(answer_\d+)>\n(.*?)\n</\1>", asked, re.DOTALL)
+        limits = [float(limit) for limit in re.findall(r"^\d+\. surprise below (\S+)$", asked, re.MULTILINE)]
+        said: dict[str, Any] = {"criteria": [{"criterion": f"surprise below {each}", "points": 1} for each in RUBRIC]}
+        if shown:
+            surprise = {key: self._surprise(prompt, text) for key, text in shown}
+            said = {key: min(9, max(0, round(9 - nats))) for key, nats in surprise.items()}
+            if limits:
+                said = {key: [nats < limit for limit in limits] for key, nats in surprise.items()}
+        choice = {"index": 0, "message": {"role": "assistant", "content": json.dumps(said)}, "finish_reason": "stop"}
+        if body.get("logprobs"):
+            choice["logprobs"] = {"content": [_shown(char, {char: 1.0}, 1) for char in json.dumps(said)]}
+        return {"model": body["model"], "choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 9}}
+
+    def _surprise(self, prompt: str, text: str) -> float:
+        """Nats of a whole answer."""
+        tokens = [*text, END]
+        places = [self.language.next(prompt, text[:i]) for i in range(len(tokens))]
+        return -sum(_nats(token, place) for token, place in zip(tokens, places, strict=True))
 
     def _choice(self, body: dict[str, Any], prompt: str, written: str, tokens: list[str]) -> dict[str, Any]:
         text = "".join(token for token in tokens if token != END)
