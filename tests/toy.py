@@ -66,6 +66,12 @@ TEACHER = Language({
 })  # fmt: skip
 SWAPPED = Language({"x": TEACHER.tables["y"], "y": TEACHER.tables["x"]})
 """A teacher that answers the other question: what is learnt from it is not the teacher's."""
+BLIND = Language({
+    kind: {before: [x + y for x, y in zip(TEACHER.tables["x"][before], TEACHER.tables["y"][before], strict=True)]
+           for before in ("", *LETTERS)}
+    for kind in "xy"
+})  # fmt: skip
+"""As much of the teacher as can be learnt without a look at the question, from SWAPPED too."""
 WRONG = Language({
     "x": {"": (23, 70, 5, 2), "a": (35, 35, 10, 20), "b": (10, 45, 30, 15), "c": (40, 20, 30, 10)},
     "y": {"": (5, 70, 23, 2), "a": (35, 10, 35, 20), "b": (30, 45, 10, 15), "c": (10, 50, 30, 10)},
@@ -98,8 +104,19 @@ def distance(student: Student, teacher: Language = TEACHER, prompts: Sequence[st
     asked = [renderer.prompt([{"role": "user", "content": prompt}]) for prompt in prompts]
     rows = [renderer.join(prompt_ids, answer_ids) for prompt_ids in asked for answer_ids in ids]
     sums = [sum(values) for values in student.logprobs(rows, batch_size=256)]
-    log_q_PY = np.array(sums).reshape(len(prompts), len(ANSWERS))
-    log_p_PY = np.array([[teacher.logprob(prompt, answer) for answer in ANSWERS] for prompt in prompts])
+    return _distance(_logprobs(teacher, prompts), np.array(sums).reshape(len(prompts), len(ANSWERS)))
+
+
+def between(teacher: Language, other: Language) -> Distance:
+    """As if a student spoke `other`."""
+    return _distance(_logprobs(teacher, "xy"), _logprobs(other, "xy"))
+
+
+def _logprobs(language: Language, prompts: Sequence[str]) -> np.ndarray:
+    return np.array([[language.logprob(prompt, answer) for answer in ANSWERS] for prompt in prompts])
+
+
+def _distance(log_p_PY: np.ndarray, log_q_PY: np.ndarray) -> Distance:
     p_PY, among_P1 = np.exp(log_p_PY), np.exp(log_q_PY).sum(1, keepdims=True)
     q_PY = np.exp(log_q_PY) / among_P1
     means = (
