@@ -146,9 +146,9 @@ def test_the_student_moves_towards_the_teacher_it_learns_from(name: str, world: 
     moved = {name: f"{a:.3f} -> {b:.3f}" for name, a, b in zip(Distance._fields, world.start, end, strict=True)}
     print(f"\n{world.folder.name}, {name}: {moved}")
     start, limit = (getattr(each, line.falls) for each in (world.start, between(TEACHER, BLIND)))
-    assert start > 1.2 * limit
+    assert start > 1.1 * limit
     assert (getattr(end, line.falls) < limit) is world.honest, moved
-    assert end.astray < 0.1
+    assert end.astray < 0.2
 
 
 def test_the_distance_is_0_where_both_speak_alike(student: Path) -> None:
@@ -176,26 +176,27 @@ def test_the_teacher_draws_what_it_shows(renderer: Renderer) -> None:
     same = [ask(renderer, "x07", seed=seed)["choices"][0]["message"]["content"] for seed in (1, 1, 2, 3, 4, 5)]
     assert same[0] == same[1]
     assert len(set(same)) > 1
+    assert text_of(ask(renderer, "x07", temperature=0)) == "+-"
 
 
 def test_the_teacher_goes_on_with_what_it_is_given(renderer: Renderer) -> None:
-    (choice,) = ask(renderer, "y07", "b", max_tokens=1, logprobs=True, top_logprobs=20)["choices"]
+    (choice,) = ask(renderer, "y07", "-", max_tokens=1, logprobs=True, top_logprobs=20)["choices"]
     shown = {top["token"]: math.exp(top["logprob"]) for top in choice["logprobs"]["content"][0]["top_logprobs"]}
-    assert shown == pytest.approx(TEACHER.next("y", "b"))
+    assert shown == pytest.approx(TEACHER.next("y", "-"))
 
 
 @pytest.mark.parametrize("form", [{}, {"continue_final_message": True, "add_generation_prompt": False}])
 def test_the_teacher_scores_what_it_is_given(form: dict[str, Any], renderer: Renderer) -> None:
-    scored = prompt_tokens(ask(renderer, "y07", "ba", prompt_logprobs=20, **form))
+    scored = prompt_tokens(ask(renderer, "y07", "-+", prompt_logprobs=20, **form))
     start = len(renderer.prompt([{"role": "user", "content": "y07"}])) - 1  # the first token has no entry
     answer = scored[start:][: 2 if form else 3]
-    assert [token.token for token in answer] == ["b", "a", END][: len(answer)]
-    assert sum(t.logprob for t in answer) == pytest.approx(TEACHER.logprob("y", ("b", "a", END)[: len(answer)]))
-    assert [token.id for token in answer] == renderer.completion("ba")[: len(answer)]
+    assert [token.token for token in answer] == ["-", "+", END][: len(answer)]
+    assert sum(t.logprob for t in answer) == pytest.approx(TEACHER.logprob("y", ("-", "+", END)[: len(answer)]))
+    assert [token.id for token in answer] == renderer.completion("-+")[: len(answer)]
 
 
 def test_the_teacher_grades_by_how_likely_an_answer_is(renderer: Renderer) -> None:
-    answers = "".join(f"<answer_{i}>\n{text}\n</answer_{i}>\n" for i, text in enumerate(("ab", "cb", "?"), 1))
+    answers = "".join(f"<answer_{i}>\n{text}\n</answer_{i}>\n" for i, text in enumerate(("+-", "*-", "?"), 1))
     criteria = json.loads(text_of(ask(renderer, "A rubric for x07. Reply with JSON only")))["criteria"]
     lines = "".join(f"{i}. {line['criterion']}\n" for i, line in enumerate(criteria, 1))
     grades = json.loads(text_of(ask(renderer, f"x07\n{answers}Reply with JSON only")))

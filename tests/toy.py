@@ -1,9 +1,9 @@
 """A world in which everything is known: a teacher that is a table, a student so small that all its answers are counted.
 
-A prompt is a kind (x or y) and two digits, an answer a few letters. The teacher's next letter hangs on the kind and
-on the letter before; the digits mean nothing, and make many prompts of two. An answer is drawn by at most LONGEST
+A prompt is a kind (x or y) and two digits, an answer a few signs. The teacher's next sign hangs on the kind and
+on the sign before; the digits mean nothing, and make many prompts of two. An answer is drawn by at most LONGEST
 tokens, so it is one of 40 (`ANSWERS`), and the KL between teacher and student is a sum over them: nothing is drawn,
-nothing is estimated. The teacher gives every letter some mass everywhere, so that both directions are finite.
+nothing is estimated. The teacher gives every sign some mass everywhere, so that both directions are finite.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.student.student import Student
 
-LETTERS, END = "abc", "<|end|>"
-TOKENS = (*LETTERS, END)
+SIGNS, END = "+-*", "<|end|>"
+"""A word is not cut in two by `prefix` and `forks`, so an answer has no words."""
+TOKENS = (*SIGNS, END)
 LONGEST = 3
 """Tokens of an answer; one that has not ended then is cut off."""
 PROMPTS = [f"{kind}{number:02}" for number in range(100) for kind in "xy"]
@@ -38,12 +39,12 @@ Path_ = tuple[str, ...]
 
 
 class Language(NamedTuple):
-    """kind -> letter before ("" at the start) -> weights of TOKENS."""
+    """kind -> sign before ("" at the start) -> weights of TOKENS."""
 
     tables: Mapping[str, Mapping[str, Sequence[int]]]
 
     def next(self, prompt: str, written: str) -> dict[str, float]:
-        """Token -> probability. Two letters are as good as an end, and so is what is no letter."""
+        """Token -> probability. Two signs are as good as an end, and so is what is no sign."""
         weights = self.tables[prompt[0]].get(written, (1, 1, 1, 97))
         return {token: weight / sum(weights) for token, weight in zip(TOKENS, weights, strict=True)}
 
@@ -51,37 +52,37 @@ class Language(NamedTuple):
         """Nats of a whole answer."""
         return sum(math.log(self.next(prompt, "".join(answer[:i]))[token]) for i, token in enumerate(answer))
 
-    def write(self, prompt: str, written: str, rng: random.Random, limit: int) -> list[str]:
-        """Tokens behind `written`, with the end where it was drawn."""
+    def write(self, prompt: str, written: str, rng: random.Random | None, limit: int) -> list[str]:
+        """Tokens behind `written`, with the end where it was drawn; the likeliest ones where there is no `rng`."""
         tokens: list[str] = []
         while len(tokens) < limit and END not in tokens:
             given = self.next(prompt, written + "".join(tokens))
-            tokens += rng.choices(list(given), list(given.values()))
+            tokens += rng.choices(list(given), list(given.values())) if rng else [max(given, key=lambda t: given[t])]
         return tokens
 
 
 TEACHER = Language({
-    "x": {"": (70, 20, 8, 2), "a": (5, 55, 5, 35), "b": (10, 5, 35, 50), "c": (40, 5, 10, 45)},
-    "y": {"": (8, 20, 70, 2), "a": (10, 5, 35, 50), "b": (50, 10, 5, 35), "c": (5, 20, 5, 70)},
+    "x": {"": (70, 20, 8, 2), "+": (5, 55, 5, 35), "-": (10, 5, 35, 50), "*": (40, 5, 10, 45)},
+    "y": {"": (8, 20, 70, 2), "+": (10, 5, 35, 50), "-": (50, 10, 5, 35), "*": (5, 20, 5, 70)},
 })  # fmt: skip
 SWAPPED = Language({"x": TEACHER.tables["y"], "y": TEACHER.tables["x"]})
 """A teacher that answers the other question: what is learnt from it is not the teacher's."""
 BLIND = Language({
     kind: {before: [x + y for x, y in zip(TEACHER.tables["x"][before], TEACHER.tables["y"][before], strict=True)]
-           for before in ("", *LETTERS)}
+           for before in ("", *SIGNS)}
     for kind in "xy"
 })  # fmt: skip
 """As much of the teacher as can be learnt without a look at the question, from SWAPPED too."""
 WRONG = Language({
-    "x": {"": (23, 70, 5, 2), "a": (35, 35, 10, 20), "b": (10, 45, 30, 15), "c": (40, 20, 30, 10)},
-    "y": {"": (5, 70, 23, 2), "a": (35, 10, 35, 20), "b": (30, 45, 10, 15), "c": (10, 50, 30, 10)},
+    "x": {"": (23, 70, 5, 2), "+": (35, 35, 10, 20), "-": (10, 45, 30, 15), "*": (40, 20, 30, 10)},
+    "y": {"": (5, 70, 23, 2), "+": (35, 10, 35, 20), "-": (30, 45, 10, 15), "*": (10, 50, 30, 10)},
 })  # fmt: skip
 """What the student speaks before it meets the teacher: far off, but it tells the kinds apart. One that must learn to do
 so (or to take each for the other) stays for long where both are answered alike."""
 
 ANSWERS: list[Path_] = [
-    (*letters, END) for size in range(LONGEST) for letters in product(LETTERS, repeat=size)
-] + list(product(LETTERS, repeat=LONGEST))  # fmt: skip
+    (*signs, END) for size in range(LONGEST) for signs in product(SIGNS, repeat=size)
+] + list(product(SIGNS, repeat=LONGEST))  # fmt: skip
 
 
 class Distance(NamedTuple):
@@ -160,12 +161,12 @@ def make_student(folder: Path, language: Language = WRONG, steps: int = 250) -> 
 
 
 def _teach(model: Any, renderer: Renderer, language: Language, steps: int) -> None:
-    """Cross entropy against the whole distribution at every token of the answers of LONGEST letters."""
+    """Cross entropy against the whole distribution at every token of the answers of LONGEST signs."""
     ids = renderer.tokenizer.convert_tokens_to_ids(list(TOKENS))
     rows, targets = [], []
     for prompt in PROMPTS:
         prompt_ids = renderer.prompt([{"role": "user", "content": prompt}])
-        for path in product(LETTERS, repeat=LONGEST - 1):
+        for path in product(SIGNS, repeat=LONGEST - 1):
             rows.append([*prompt_ids, *renderer.tokenizer.convert_tokens_to_ids(list(path))])
             targets.append([list(language.next(prompt, "".join(path[:i])).values()) for i in range(LONGEST)])
     rows_NT, targets_NSA = torch.tensor(rows), torch.tensor(targets)

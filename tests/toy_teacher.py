@@ -40,7 +40,7 @@ class ToyEndpoint:
         if "Reply with JSON only" in str(messages[-1]["content"]):
             return self._judged(body, prompt, str(messages[-1]["content"]))
         written = str(messages[-1]["content"]) if messages[-1]["role"] == "assistant" else ""
-        rng = random.Random(body.get("seed"))
+        rng = random.Random(body.get("seed")) if body.get("temperature", 1) else None
         drawn = [self.language.write(prompt, written, rng, body["max_tokens"]) for _ in range(body.get("n", 1))]
         choices = [self._choice(body, prompt, written, tokens) | {"index": i} for i, tokens in enumerate(drawn)]
         usage = {"prompt_tokens": 9, "completion_tokens": sum(map(len, drawn))}
@@ -117,10 +117,9 @@ class ToyEndpoint:
 
 
 def prompt_in(messages: list[dict[str, Any]]) -> str:
-    """The prompt that a question is about, bare or inside of a template; the last one that is named."""
+    """The prompt that a question is about, bare or inside of a template: the last that is named, or just the first."""
     said = re.findall(r"\b[xy]\d\d\b", " ".join(str(m["content"]) for m in messages if m["role"] == "user"))
-    assert said, f"which of {len(PROMPTS)} prompts? {messages}"
-    return str(said[-1])
+    return str([PROMPTS[0], *said][-1])
 
 
 def _shown(token: str, place: Mapping[str, float], k: int) -> dict[str, Any]:
