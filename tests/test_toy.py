@@ -66,6 +66,15 @@ LINES = {
     # its anchor is that cross entropy; DPO alone only orders the two answers of a pair
     "preference snapshot": Line({"name": "preference"}, "forward"),
     "preference fresh": Line({"name": "preference", "rejected": "fresh"}, "forward"),
+    # rewards of a Bradley-Terry discriminator estimate log p_teacher - log p_student: the gradient of the reverse KL
+    "gad": Line(
+        {
+            "name": "gad",
+            "num_generations": 4,
+            "discriminator": {"warmup_steps": 120, "steps": 40, "learning_rate": 3e-3, "batch_size": 16},
+        },
+        "reverse",
+    ),
 }
 
 
