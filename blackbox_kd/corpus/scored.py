@@ -26,6 +26,18 @@ def tokens(con: duckdb.DuckDBPyConnection, completion_ids: Sequence[str], scorer
     }
 
 
+def whole(con: duckdb.DuckDBPyConnection, scorer: str, limit: int) -> list[tuple[str, str]]:
+    """(completion_id, text) of whole answers of the sequence-level stage with alternatives by `scorer`."""
+    return con.execute(
+        """SELECT completion_id::VARCHAR, text FROM completions JOIN requests USING (request_key)
+             JOIN logprobs USING (completion_id)
+           WHERE scorer = ? AND k > 0 AND purpose = 'sample' AND author = 'teacher' AND finish_reason = 'stop'
+             AND regexp_matches(text, '\\S')
+           ORDER BY completion_id LIMIT ?""",
+        [scorer, limit],
+    ).fetchall()
+
+
 def vocab(con: duckdb.DuckDBPyConnection, model: str) -> dict[int, VocabToken]:
     """token_id -> token of one model."""
     rows = con.execute("SELECT token_id, text, bytes FROM vocab WHERE model = ?", [model]).fetchall()

@@ -25,6 +25,7 @@ class ScriptedTeacherConfig(TeacherConfig):
 
     provider: Literal["scripted"] = "scripted"
     model: str = "scripted"
+    capabilities: dict[str, Any] = {"prefill": "assistant_last", "top_logprobs_max": 1, "has_bytes": True}
     reply: str = "You said: {{ text }}"
     """Jinja text; {{ text }} is the last message, {{ messages }} all of them."""
 
@@ -70,18 +71,19 @@ class ScriptedTransport:
         self.bodies.append(body)
         text = self._script(body)
         words = [word if i == 0 else f" {word}" for i, word in enumerate(text.split(" "))]
+        shown = words[: body.get("max_tokens")]
         choice: dict[str, Any] = {
             "index": 0,
-            "message": {"role": "assistant", "content": text},
-            "finish_reason": "stop",
+            "message": {"role": "assistant", "content": "".join(shown)},
+            "finish_reason": "stop" if shown == words else "length",
         }
         if body.get("logprobs"):
-            choice["logprobs"] = {"content": [_token(word) for word in words]}
+            choice["logprobs"] = {"content": [_token(word) for word in shown]}
         prompt_tokens = sum(len(message["content"].split()) for message in body["messages"])
         reply = {
             "model": body["model"],
             "choices": [choice],
-            "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": len(words)},
+            "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": len(shown)},
         }
         return Reply(json.dumps(reply).encode())
 
