@@ -13,7 +13,7 @@ from blackbox_kd.errors import AlignmentError, ModelError
 from blackbox_kd.progress import say
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.student.vocabulary import student_vocab
-from blackbox_kd.types import Request, TeacherTokens, VocabToken, scorer
+from blackbox_kd.types import TeacherTokens, VocabToken
 
 NARROW = -5.0
 """Below this, text and logprobs are of two distributions."""
@@ -104,14 +104,15 @@ def label(corpus: Corpus, renderer: Renderer, model: str, by: str, answers: Sequ
     return aligned(aligner, [triples.get(completion_id) for completion_id, _ in answers])
 
 
-def aligner_of(corpus: Corpus, student: StudentVocab, renderer: Renderer, by: Request, more: Sequence[Scored]) -> Aligner:
-    """An aligner for a scorer (who answers `by`) that has learnt from `more` and from stored whole answers."""
-    by_whom = scorer(by.model, by.context_hash)
-    stored = corpus.whole_scored(by_whom, LEARN_FROM)
-    tokens = corpus.scored_tokens([completion_id for completion_id, _ in stored], by_whom)
+def aligner_of(
+    corpus: Corpus, student: StudentVocab, renderer: Renderer, model: str, by: str, more: Sequence[Scored]
+) -> Aligner:
+    """An aligner for the scorer `by` of a model that has learnt from `more` and from stored whole answers."""
+    stored = corpus.whole_scored(by, LEARN_FROM)
+    tokens = corpus.scored_tokens([completion_id for completion_id, _ in stored], by)
     texts = [(text.strip(), tokens[completion_id]) for completion_id, text in stored]
     return learnt(
-        corpus.vocab(by.model), student, [*more, *((text, each, renderer.completion(text)) for text, each in texts)]
+        corpus.vocab(model), student, [*more, *((text, each, renderer.completion(text)) for text, each in texts)]
     )
 
 

@@ -81,8 +81,8 @@ NO_LOGPROBS = {"top_logprobs_max": 0, "has_bytes": False, "determinism_nats": No
         (TOGETHER, {"prefill": "assistant_last", "scoring": "echo", **NO_LOGPROBS, "determinism_nats": 0.0}),
         (FIREWORKS, {"prefill": "assistant_last", "scoring": "echo", "top_logprobs_max": 5}),
         (VLLM, {"prefill": "continue_final_message", "scoring": "prompt_logprobs", "top_logprobs_max": 100}),
-        (LLAMA_CPP, {"prefill": "assistant_last", "prefill_reply": "whole", "scoring": "forced", "top_logprobs_max": 100, "n_max": 4,
-                     "token_ids": True}),
+        (LLAMA_CPP, {"prefill": "assistant_last", "prefill_reply": "whole", "scoring": "forced",
+                     "top_logprobs_max": 100, "n_max": 4, "token_ids": True}),
         (LLAMA_CPP_PYTHON, {"has_bytes": False, "n_max": 1}),
         (TRANSFORMERS, {**NO_LOGPROBS, "n_max": 1, "seed_honoured": False, "temperature_honoured": False}),
         (GEMINI, {**NO_LOGPROBS, "seed_honoured": False, "reasoning_hidden": True}),
@@ -379,6 +379,7 @@ def test_llama_cpp_really_is_what_the_probe_says(tmp_path: Path, capsys: pytest.
     assert found.pop("determinism_nats") < 1e-3
     assert found == {
         "chat": True, "top_logprobs_max": 100, "has_bytes": True, "token_ids": True, "scoring": "forced",
-        "prefill": "assistant_last", "n_max": 4, "seed_honoured": True, "temperature_honoured": True,
+        "prefill": "assistant_last", "prefill_reply": "whole", "n_max": 4, "seed_honoured": True,
+        "temperature_honoured": True,
         "reasoning_hidden": False, "rate_headers": False,
     }  # fmt: skip

@@ -1,11 +1,9 @@
-"""Where a student's draft can be cut, so that a teacher with other tokens goes on from the very state of the student."""
+"""Where a student's draft can be cut, so that a teacher with other tokens goes on from the student's very state."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
-
-import numpy as np
 
 from blackbox_kd.align import StudentVocab
 from blackbox_kd.errors import AlignmentError
@@ -34,14 +32,15 @@ class Cut(NamedTuple):
 def peaks(rollout: Rollout, vocab: StudentVocab, count: int, within: float = 1.0) -> list[Cut]:
     """The `count` places where the student was least sure, in order, in the first share `within` of the draft.
 
-    Empty for a draft without a place, also where its tokens do not spell its text (a special token, half a character).
+    Empty for a draft without a place.
 
     Raises:
         AlignmentError: the draft does not have a distribution for each of its tokens.
     """
     ids = rollout.completion_ids
     if rollout.top is None or len(rollout.top.ids) != len(ids):
-        raise AlignmentError(f"rollout {rollout.completion.completion_id} has no distributions of its {len(ids)} tokens")
+        name = rollout.completion.completion_id
+        raise AlignmentError(f"rollout {name} has no distribution for each of its {len(ids)} tokens")
     near = [cut for cut in places(rollout, vocab) if cut.depth <= within]
     return sorted(sorted(near, key=lambda cut: -cut.entropy)[:count], key=lambda cut: cut.token)
 
@@ -51,18 +50,21 @@ def places(rollout: Rollout, vocab: StudentVocab) -> list[Cut]:
 
     Not in a character or a word: another tokenizer has no cut there, and its next token would be about another word.
     Not behind whitespace: most tokenizers put a space into the token that follows, some endpoints strip or refuse it.
-    Not at the start: an empty text is none to go on with.
+    Not at the start: an empty text is none to go on with. Nor behind tokens that do not spell the text (a special one,
+    half a character).
     """
-    raw = rollout.completion.text.encode()
-    try:
-        starts, _ = vocab.starts(raw, rollout.completion_ids)
-    except AlignmentError:
-        return []
-    return [
-        Cut(rollout, token, raw[:byte].decode(), float(nats))
-        for token, (byte, nats) in enumerate(zip(starts.tolist(), entropy(rollout.top), strict=True))
-        if token and _ends(raw[:byte], raw[byte:])
-    ]
+    raw, ids = rollout.completion.text.encode(), rollout.completion_ids
+    pieces = [vocab.spelled[i] or b"" for i in ids]
+    dummy = bool(ids) and pieces[0].startswith(b" ") and not raw.startswith(b" ")
+    found, spelled = list[Cut](), b""
+    for token, (piece, nats) in enumerate(zip(pieces, entropy(rollout.top), strict=True)):
+        before = spelled[dummy:]
+        if not raw.startswith(before):
+            break
+        if token and _ends(before, raw[len(before) :]):
+            found.append(Cut(rollout, token, before.decode(), float(nats)))
+        spelled += piece
+    return found
 
 
 def _ends(before: bytes, behind: bytes) -> bool:
@@ -73,16 +75,15 @@ def _ends(before: bytes, behind: bytes) -> bool:
     return bool(text) and not text[-1].isspace() and not (text[-1].isalnum() and rest[:1].isalnum())
 
 
-def cannot_go_on(can: Capabilities) -> str | None:
-    """Why an endpoint cannot be asked about a cut; None where it can."""
-    if can.prefill != "none":
-        return None
-    return (
-        "the endpoint is not known to go on with a given text; run `probe`, or set teacher.capabilities.prefill if you "
-        "know that it does"
-    )
-
-
 def unusable(reasons: Sequence[str], asked: int) -> str:
     """One line for a person about replies that do not fit."""
     return f"{len(reasons)} of {asked} replies cannot be used ({reasons[0]})"
+
+
+def cannot_go_on(can: Capabilities) -> str | None:
+    """Why an endpoint cannot be asked about a cut; None where it can."""
+    if can.prefill == "none":
+        return "the endpoint is not known to go on with a given text; run `probe`, or set teacher.capabilities.prefill"
+    if can.prefill_reply == "stripped":
+        return "where the endpoint goes on with a given text, the space between the two is lost"
+    return None

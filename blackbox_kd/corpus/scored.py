@@ -29,11 +29,11 @@ def tokens(con: duckdb.DuckDBPyConnection, completion_ids: Sequence[str], scorer
 def whole(con: duckdb.DuckDBPyConnection, scorer: str, limit: int) -> list[tuple[str, str]]:
     """(completion_id, text) of whole answers of the sequence-level stage with alternatives by `scorer`."""
     return con.execute(
-        """SELECT completion_id::VARCHAR, text FROM completions JOIN requests USING (request_key)
-             JOIN logprobs USING (completion_id)
-           WHERE scorer = ? AND k > 0 AND purpose = 'sample' AND author = 'teacher' AND finish_reason = 'stop'
-             AND regexp_matches(text, '\\S')
-           ORDER BY completion_id LIMIT ?""",
+        """SELECT c.completion_id::VARCHAR, c.text FROM completions c JOIN requests r USING (request_key)
+             JOIN logprobs l ON l.completion_id = c.completion_id
+           WHERE l.scorer = ? AND l.k > 0 AND r.purpose = 'sample' AND c.author = 'teacher' AND c.finish_reason = 'stop'
+             AND regexp_matches(c.text, '\\S')
+           ORDER BY c.completion_id LIMIT ?""",
         [scorer, limit],
     ).fetchall()
 

@@ -70,7 +70,7 @@ class ScriptedTransport:
             raise RequestRejected(f"the scripted teacher has no /{path}", status=404)
         self.bodies.append(body)
         text = self._script(body)
-        words = [word if i == 0 else f" {word}" for i, word in enumerate(text.split(" "))]
+        words = [word if i == 0 else f" {word}" for i, word in enumerate(text.split(" ")) if i or word or not text]
         shown = words[: body.get("max_tokens")]
         choice: dict[str, Any] = {
             "index": 0,
