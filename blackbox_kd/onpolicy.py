@@ -31,7 +31,7 @@ import msgspec
 
 from blackbox_kd import health
 from blackbox_kd.algorithms.base import Algorithm, Outcome, Tools, ce_sample
-from blackbox_kd.errors import ConfigError, TeacherError, TeacherRefused
+from blackbox_kd.errors import ConfigError, GateFailed, TeacherError, TeacherRefused
 from blackbox_kd.hashing import phase_seed
 from blackbox_kd.lane import Lane
 from blackbox_kd.model_card import write_card
@@ -61,7 +61,8 @@ async def run(project: Project) -> dict[str, Any]:
         raise TeacherRefused(f"onpolicy.algorithm {loop.algorithm.name}: {lacking}")
     start, lane = run_dir.checkpoint(names[done - 1]), Lane()
     student = Student(config.student, adapter=start)
-    algorithm = loop.algorithm.build(Tools(project.teacher, student.renderer, config.student, lane))
+    tools = Tools(project.teacher, student.renderer, config.student, lane, project.judge, project.unseen)
+    algorithm = loop.algorithm.build(tools)
     algorithm.restore(start)
     trainee = Trainee(project, student, start)
     told: dict[int, asyncio.Task[Told]] = {}
@@ -93,6 +94,9 @@ async def ask(
     outcome = await algorithm.feedback(rollouts, round_)
     project.corpus.add_feedback(outcome.feedback, round_=round_, run_id=project.run_id)
     check(outcome, project.config.onpolicy.max_failed_feedback)
+    # Before the update: a round that a gate stops is to be looked at, too, and the next round may be asked by then.
+    project.log("onpolicy", metric_rows(checkpoints(project)[round_], round_, outcome.metrics, []))
+    check_judges(project, round_)
     return rollouts, outcome
 
 
@@ -146,7 +150,6 @@ class Trainee:
         samples = fitting([*outcome.samples, *replayed], project.config.student.max_length)
         samples = referenced(student, samples, run_dir.checkpoint("sft"), loop.rollout_batch_size)
         metrics = {
-            **outcome.metrics,
             **health.of_rollouts(rollouts),
             "feedback": len(outcome.feedback),
             "feedback_failed": outcome.failed / max(1, outcome.asked),
@@ -169,7 +172,7 @@ class Trainee:
         say(f"onpolicy: {name}: {len(rollouts)} rollouts, {len(outcome.feedback)} with feedback, "
             f"{len(replayed)} replayed, "
             f"{len(steps)} steps, loss {steps[0]['loss']:.3f} -> {steps[-1]['loss']:.3f}")  # fmt: skip
-        return {**metrics, "loss": steps[-1]["loss"]}
+        return {**outcome.metrics, **metrics, "loss": steps[-1]["loss"]}
 
 
 def kl_to(start: Path, student: Student, rollouts: Sequence[Rollout], batch_size: int) -> float:
@@ -205,6 +208,25 @@ def check(outcome: Outcome, limit: float) -> None:
         raise TeacherError(
             f"{outcome.failed} of {outcome.asked} replies could not be used (missing, empty or cut off), the limit is "
             f"{limit:.0%}; look at `select text, finish_reason from completions`, or raise max_completion_length"
+        )
+
+
+def check_judges(project: Project, round_: int) -> None:
+    """Stop where the judge likes the student better and better, and another one, whom it never learnt from, does not.
+
+    Raises:
+        GateFailed: they part further than the limit, see `health.divergence`.
+    """
+    names = ("judge_reward", "unseen_reward")
+    rounds = project.corpus.metrics_by_round(project.run_id, "onpolicy", names)
+    judged = [(found[names[0]], found[names[1]]) for r, found in sorted(rounds.items())
+              if r <= round_ and len(found) == len(names)]  # fmt: skip
+    limit = project.config.onpolicy.max_judge_divergence
+    if rounds.get(round_) and (apart := health.divergence(judged)) > limit:
+        raise GateFailed(
+            f"round {round_}: the judge's mean reward rose to {judged[-1][0]:.3f} while that of evaluate.judge fell by "
+            f"{apart:.3f} to {judged[-1][1]:.3f}, the limit is {limit:g} (onpolicy.max_judge_divergence): the student "
+            "learns to please the judge; use an earlier round"
         )
 
 
