@@ -51,7 +51,7 @@ def distinct(texts: Sequence[str], n: int) -> float:
 def of_rewards(rewards: Sequence[Sequence[float]], lengths: Sequence[Sequence[int]]) -> dict[str, float]:
     """How groups were rewarded: mean, deviation within a group, and share of groups whose rewards are all equal.
 
-    `reward_length` is the correlation of reward and length within groups (both less their group's mean); it is left
+    `reward_length_correlation` is the correlation of reward and length within groups (both less their group's mean); it is left
     out where either never differs. A judge that pays for length shows here first.
     """
     groups = [np.asarray(group, dtype=float) for group in rewards]
@@ -61,7 +61,7 @@ def of_rewards(rewards: Sequence[Sequence[float]], lengths: Sequence[Sequence[in
         "groups_equal": float(np.mean([np.ptp(group) == 0 for group in groups])),
     }
     correlation = _correlation(_centred(rewards), _centred(lengths))
-    return found if correlation is None else found | {"reward_length": correlation}
+    return found if correlation is None else found | {"reward_length_correlation": correlation}
 
 
 def agreement(judge: Sequence[Sequence[float]], unseen: Sequence[Sequence[float]]) -> dict[str, float]:

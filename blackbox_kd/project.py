@@ -365,15 +365,32 @@ def guarded(body: Callable[[], int], *, debug: bool) -> int:
         return INTERRUPTED
 
 
+Follow = Callable[[Config], None]
+"""The part of a stage in every process of a launcher but the first."""
+
+
 def stage_main(
-    command: str, doc: str, stage: Stage, argv: Sequence[str] | None = None, *, show: Show | None = None
+    command: str,
+    doc: str,
+    stage: Stage,
+    argv: Sequence[str] | None = None,
+    *,
+    show: Show | None = None,
+    follow: Follow | None = None,
 ) -> int:
-    """Parse, open the project, run one stage, print its result (as JSON, or by `show`); returns the exit code."""
+    """Parse, open the project, run one stage, print its result (as JSON, or by `show`); returns the exit code.
+
+    Of several processes the first alone opens the project; a stage that has nothing to `follow` runs in one.
+    """
     flags, rest = parser(command, doc).parse_known_args(argv)
 
     def body() -> int:
         caps = [(f"budget.max_{cap}", value) for cap in CAPS if (value := getattr(flags, f"max_{cap}")) is not None]
+        rank = launched(command, follow)
         config = load_config(Config, flags.config, [*overrides(rest), *caps])
+        if rank and follow:
+            follow(config)
+            return 0
         with Project(config) as project:
             result = asyncio.run(_closing(stage, project))
             if flags.json:
@@ -383,6 +400,17 @@ def stage_main(
         return 0
 
     return guarded(body, debug=flags.debug)
+
+
+def launched(command: str, follow: Follow | None) -> int:
+    """The rank of this process among those that `accelerate launch` or `torchrun` started.
+
+    Raises:
+        ConfigError: there are several, and the stage runs in one.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and follow is None:
+        raise ConfigError(f"{command} runs in one process: start it without `accelerate launch`")
+    return int(os.environ.get("RANK", 0))
 
 
 async def _closing(stage: Stage, project: Project) -> dict[str, Any]:

@@ -44,4 +44,4 @@ def rollout(renderer: Renderer, question: str, draft: str, logprob: float = -1.0
 
 
 def tools(teacher: Teacher, renderer: Renderer, student: StudentConfig | None = None) -> Tools:
-    return Tools(teacher, renderer, student or StudentConfig(model="none"), Lane())
+    return Tools(teacher, renderer, student or StudentConfig(model="none"), Lane(), 1)

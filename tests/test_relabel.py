@@ -116,3 +116,11 @@ def test_every_algorithm_says_what_it_needs_and_costs_and_learns_something(
         assert any(any(stream) for stream in sample.weights.values())
         assert all(len(stream) == len(sample.input_ids) for stream in sample.weights.values())
     assert IGNORE not in [i for s in outcome.samples for i in s.input_ids]
+
+
+def test_the_cheaper_rewrite_asks_about_the_worst_drafts_only(corpus: Corpus, renderer: Renderer) -> None:
+    rollouts = [rollout(renderer, f"Say {i}", "x", logprob=-float(i)) for i in range(1, 5)]
+    template = {"template": "prompts/rewrite.md.j2"}
+    outcome = feedback(corpus, renderer, rollouts, "fine", worst_fraction=0.5, **template)
+    assert (outcome.asked, outcome.failed) == (2, 0)
+    assert {said.completion_id for said in outcome.feedback} == {r.completion.completion_id for r in rollouts[2:]}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 
 from blackbox_kd.algorithms.base import AlgorithmConfig
+from blackbox_kd.algorithms.gad import GadConfig
 from blackbox_kd.algorithms.preference import PreferenceConfig
 from blackbox_kd.algorithms.relabel import RelabelConfig
 from blackbox_kd.algorithms.reward import RewardConfig
@@ -15,5 +16,5 @@ from blackbox_kd.algorithms.reward import RewardConfig
 
 def algorithms() -> list[type[AlgorithmConfig]]:
     """All algorithm configs, ours and those of installed packages."""
-    ours: list[type[AlgorithmConfig]] = [RelabelConfig, PreferenceConfig, RewardConfig]
+    ours: list[type[AlgorithmConfig]] = [RelabelConfig, PreferenceConfig, RewardConfig, GadConfig]
     return ours + [point.load() for point in entry_points(group="blackbox_kd.algorithms")]

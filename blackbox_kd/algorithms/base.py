@@ -42,6 +42,8 @@ class Tools(NamedTuple):
     student: StudentConfig
     lane: Lane
     """Where torch computes; an algorithm that does it elsewhere disturbs the update beside it."""
+    seed: int
+    """The project's; see `hashing.phase_seed`."""
     judge: Teacher | None = None
     """Who grades; never the teacher by accident."""
     unseen: Teacher | None = None
