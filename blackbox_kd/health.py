@@ -51,8 +51,8 @@ def distinct(texts: Sequence[str], n: int) -> float:
 def of_rewards(rewards: Sequence[Sequence[float]], lengths: Sequence[Sequence[int]]) -> dict[str, float]:
     """How groups were rewarded: mean, deviation within a group, and share of groups whose rewards are all equal.
 
-    `reward_length_correlation` is the correlation of reward and length within groups (both less their group's mean); it is left
-    out where either never differs. A judge that pays for length shows here first.
+    `reward_length_correlation` is that within groups (both less their group's mean), left out where either never
+    differs. A judge that pays for length shows here first.
     """
     groups = [np.asarray(group, dtype=float) for group in rewards]
     found = {

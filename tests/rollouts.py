@@ -43,5 +43,11 @@ def rollout(renderer: Renderer, question: str, draft: str, logprob: float = -1.0
     )
 
 
-def tools(teacher: Teacher, renderer: Renderer, student: StudentConfig | None = None) -> Tools:
-    return Tools(teacher, renderer, student or StudentConfig(model="none"), Lane(), 1)
+def tools(
+    teacher: Teacher,
+    renderer: Renderer,
+    student: StudentConfig | None = None,
+    judge: Teacher | None = None,
+    unseen: Teacher | None = None,
+) -> Tools:
+    return Tools(teacher, renderer, student or StudentConfig(model="none"), Lane(), 1, judge, unseen)
