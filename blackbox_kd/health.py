@@ -51,6 +51,68 @@ def distinct(texts: Sequence[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
+def of_rewards(rewards: Sequence[Sequence[float]], lengths: Sequence[Sequence[int]]) -> dict[str, float]:
+    """How groups were rewarded: mean, deviation within a group, and share of groups whose rewards are all equal.
+
+    `reward_length_correlation` is that within groups (both less their group's mean), left out where either never
+    differs. A judge that pays for length shows here first.
+    """
+    groups = [np.asarray(group, dtype=float) for group in rewards]
+    found = {
+        "reward": float(np.mean(np.concatenate(groups))),
+        "reward_spread": float(np.mean([group.std() for group in groups])),
+        "groups_equal": float(np.mean([np.ptp(group) == 0 for group in groups])),
+    }
+    correlation = _correlation(_centred(rewards), _centred(lengths))
+    return found if correlation is None else found | {"reward_length_correlation": correlation}
+
+
+def agreement(judge: Sequence[Sequence[float]], unseen: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Two judges on the same groups: their means, the mean difference, and how alike they rank within a group.
+
+    `judge_rank_correlation` is Spearman's of the rewards less their group's mean; it is left out where a judge finds
+    no difference anywhere.
+    """
+    one, other = np.concatenate([*map(np.asarray, judge)]), np.concatenate([*map(np.asarray, unseen)])
+    found = {
+        "judge_reward": float(one.mean()),
+        "unseen_reward": float(other.mean()),
+        "judge_difference": float((one - other).mean()),
+    }
+    correlation = _correlation(_ranks(_centred(judge)), _ranks(_centred(unseen)))
+    return found if correlation is None else found | {"judge_rank_correlation": correlation}
+
+
+def divergence(rounds: Sequence[tuple[float, float]]) -> float:
+    """How far the unseen judge's mean reward fell, since the round that it liked best, while the judge's own rose.
+
+    Args:
+        rounds: (judge, unseen) of each round, in order; the last one is asked about. 0 where they do not part.
+    """
+    if len(rounds) < 2:
+        return 0.0
+    judge, unseen = rounds[-1]
+    then_judge, then_unseen = max(rounds[:-1], key=lambda pair: pair[1])
+    return max(0.0, then_unseen - unseen) if judge > then_judge else 0.0
+
+
+def _centred(groups: Sequence[Sequence[float]]) -> np.ndarray:
+    """All values, each less its group's mean; rounded, so that equal ones stay equal."""
+    return np.round(np.concatenate([np.asarray(group, dtype=float) - np.mean(group) for group in groups]), 9)
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """From 0; equal values share the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: np.ndarray = (np.cumsum(counts) - (counts + 1) / 2)[inverse]
+    return ranks
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Pearson's; None where either is constant."""
+    return float(np.corrcoef(x, y)[0, 1]) if len(x) and np.ptp(x) > 0 and np.ptp(y) > 0 else None
+
+
 def kl(logprobs: Sequence[Sequence[float]], start: Sequence[Sequence[float]]) -> float:
     """Mean of `exp(d) - 1 - d` a token, d = start - logprobs: an estimate of KL(policy to start) on its samples."""
     d = np.concatenate([np.asarray(b) - np.asarray(a) for a, b in zip(logprobs, start, strict=True)] or [np.zeros(0)])

@@ -27,14 +27,15 @@ from contextlib import suppress
 from itertools import takewhile
 from typing import Any
 
+from blackbox_kd import health
 from blackbox_kd.algorithms.base import Algorithm, Outcome, Tools
-from blackbox_kd.errors import ConfigError, TeacherError, TeacherRefused
+from blackbox_kd.errors import ConfigError, GateFailed, TeacherError, TeacherRefused
 from blackbox_kd.lane import Lane
 from blackbox_kd.progress import console, say
 from blackbox_kd.project import Config, Project, stage_main
 from blackbox_kd.student.ranks import PeerGone, Ranks
 from blackbox_kd.student.student import Student
-from blackbox_kd.trainee import Trainee, checkpoints, updater_of
+from blackbox_kd.trainee import Trainee, checkpoints, metric_rows, updater_of
 from blackbox_kd.types import Rollout
 
 
@@ -63,7 +64,9 @@ async def go_round(project: Project, lane: Lane, ranks: Ranks) -> dict[str, dict
     start = run_dir.checkpoint(names[done - 1])
     await lane.run(ranks.share, start)
     student = Student(config.student, adapter=start)
-    algorithm = loop.algorithm.build(Tools(project.teacher, student.renderer, config.student, lane, config.seed))
+    judges = project.judge, project.unseen
+    tools = Tools(project.teacher, student.renderer, config.student, lane, config.seed, *judges)
+    algorithm = loop.algorithm.build(tools)
     algorithm.restore(start)
     trainee = await lane.run(Trainee, project, student, start, ranks)
     told: dict[int, asyncio.Task[Told]] = {}
@@ -108,6 +111,9 @@ async def ask(
     outcome = await algorithm.feedback(rollouts, round_)
     project.corpus.add_feedback(outcome.feedback, round_=round_, run_id=project.run_id)
     check(outcome, project.config.onpolicy.max_failed_feedback)
+    # Before the update: a round that a gate stops is to be looked at, too, and the next round may be asked by then.
+    project.log("onpolicy", metric_rows(checkpoints(project)[round_], round_, outcome.metrics, []))
+    check_judges(project, round_)
     return rollouts, outcome
 
 
@@ -121,6 +127,24 @@ def check(outcome: Outcome, limit: float) -> None:
         raise TeacherError(
             f"{outcome.failed} of {outcome.asked} replies could not be used (missing, empty or cut off), the limit is "
             f"{limit:.0%}; look at `select text, finish_reason from completions`, or raise max_completion_length"
+        )
+
+
+def check_judges(project: Project, round_: int) -> None:
+    """Stop where the judge likes the student better and better, and another one, whom it never learnt from, does not.
+
+    Raises:
+        GateFailed: they part further than the limit, see `health.divergence`.
+    """
+    names = ("judge_reward", "unseen_reward")
+    rounds = project.corpus.metrics_by_round(project.run_id, "onpolicy", names)
+    judged = [(rounds[r][names[0]], rounds[r][names[1]]) for r in sorted(rounds) if r <= round_]
+    limit = project.config.onpolicy.max_judge_divergence
+    if round_ in rounds and (apart := health.divergence(judged)) > limit:
+        raise GateFailed(
+            f"round {round_}: the judge's mean reward rose to {judged[-1][0]:.3f}, that of evaluate.judge fell by "
+            f"{apart:.3f} to {judged[-1][1]:.3f} (onpolicy.max_judge_divergence is {limit:g}): the student learns to "
+            "please the judge; use the checkpoint of an earlier round"
         )
 
 

@@ -123,7 +123,8 @@ def count_onpolicy(config: Config, prompts: PromptSet, teacher: Questions, seen:
         )
         asked = islice(prompts.stream("train"), train - fresh, None)
         return count(sample_questions(teacher, asked), config.corpus_path, config.teacher, per_byte)
-    per_round = round(min(loop.prompts_per_round, train) * loop.algorithm.calls_per_rollout)
+    rollouts = min(loop.prompts_per_round, train) * loop.algorithm.rollouts_per_prompt
+    per_round = round(rollouts * loop.algorithm.calls_per_rollout)
     done = min(loop.rounds, max(map(round_of, committed(config.run_dir)), default=0))
     to_ask = (loop.rounds - max(0, done)) * per_round
     prompt_tokens = mean_of(seen.prompt_tokens)
@@ -191,6 +192,8 @@ def plan(config: Config) -> dict[str, Any]:
     }
     means = {**seen.completion_tokens, "onpolicy": mean_of(seen.completion_tokens)}
     terms = dict.fromkeys(counts, (seen.rate_per_s, price))
+    if config.onpolicy.algorithm.needs_judge and config.judge:
+        terms["onpolicy"] = None, price_of(config.judge)
     if config.sample.batch:  # half the price, and as long as the provider likes
         terms["sample"] = None, price and price.in_batches()
     stages = [estimate(name, found, means.get(name), *terms[name]) for name, found in counts.items()]

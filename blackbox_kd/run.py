@@ -41,7 +41,9 @@ def check(project: Project) -> None:
     if config.sft.soft_labels and config.sample.top_logprobs:
         check_soft(args)
     student = Student(config.student, seed=config.seed)
-    config.onpolicy.algorithm.build(Tools(project.teacher, student.renderer, config.student, Lane(), config.seed))
+    judges = project.judge, project.unseen
+    tools = Tools(project.teacher, student.renderer, config.student, Lane(), config.seed, *judges)
+    config.onpolicy.algorithm.build(tools)
     for split in SPLITS:
         for prompt in project.prompts[split]:
             student.renderer.prompt(prompt.messages)

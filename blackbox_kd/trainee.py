@@ -82,7 +82,6 @@ class Trainee:
         samples = fitting([*outcome.samples, *replayed], project.config.student.max_length)
         samples = referenced(student, samples, run_dir.checkpoint("sft"), loop.rollout_batch_size)
         metrics = {
-            **outcome.metrics,
             **health.of_rollouts(rollouts),
             "feedback": len(outcome.feedback),
             "feedback_failed": outcome.failed / max(1, outcome.asked),
@@ -107,7 +106,7 @@ class Trainee:
         say(f"onpolicy: {name}: {len(rollouts)} rollouts, {len(outcome.feedback)} with feedback, "
             f"{len(replayed)} replayed, "
             f"{len(steps)} steps, loss {steps[0]['loss']:.3f} -> {steps[-1]['loss']:.3f}")  # fmt: skip
-        return {**metrics, "loss": steps[-1]["loss"]}
+        return {**outcome.metrics, **metrics, "loss": steps[-1]["loss"]}
 
 
 def kl_to(start: Path, student: Student, rollouts: Sequence[Rollout], batch_size: int) -> float:

@@ -54,5 +54,11 @@ def rollout(
     )
 
 
-def tools(teacher: Teacher, renderer: Renderer, student: StudentConfig | None = None) -> Tools:
-    return Tools(teacher, renderer, student or StudentConfig(model="none"), Lane(), 1)
+def tools(
+    teacher: Teacher,
+    renderer: Renderer,
+    student: StudentConfig | None = None,
+    judge: Teacher | None = None,
+    unseen: Teacher | None = None,
+) -> Tools:
+    return Tools(teacher, renderer, student or StudentConfig(model="none"), Lane(), 1, judge, unseen)

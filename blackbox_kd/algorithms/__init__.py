@@ -13,9 +13,12 @@ from blackbox_kd.algorithms.gad import GadConfig
 from blackbox_kd.algorithms.preference import PreferenceConfig
 from blackbox_kd.algorithms.prefix import PrefixConfig
 from blackbox_kd.algorithms.relabel import RelabelConfig
+from blackbox_kd.algorithms.reward import RewardConfig
 
 
 def algorithms() -> list[type[AlgorithmConfig]]:
     """All algorithm configs, ours and those of installed packages."""
-    ours: list[type[AlgorithmConfig]] = [RelabelConfig, PreferenceConfig, GadConfig, PrefixConfig, ForksConfig]
+    ours: list[type[AlgorithmConfig]] = [
+        RelabelConfig, PrefixConfig, ForksConfig, PreferenceConfig, RewardConfig, GadConfig,
+    ]  # fmt: skip
     return ours + [point.load() for point in entry_points(group="blackbox_kd.algorithms")]

@@ -228,6 +228,17 @@ class Corpus:
         with self.connect() as con:
             insert(con, "metrics", [{**row, "logged_at": now} for row in rows], replace=True)
 
+    def metrics_by_round(self, run_id: str, stage: str, names: Sequence[str]) -> dict[int, dict[str, float]]:
+        """round -> name -> value of metrics that a round has once."""
+        found: dict[int, dict[str, float]] = {}
+        for round_, name, value in self.rows(
+            """SELECT round, name, value FROM metrics
+               WHERE run_id = ?::UUID AND stage = ? AND step = 0 AND name IN (SELECT unnest(?::VARCHAR[]))""",
+            [run_id, stage, list(names)],
+        ):
+            found.setdefault(round_, {})[name] = value
+        return found
+
     def set_capabilities(self, model: str, base_url: str, found: Mapping[str, tuple[Any, str]], *, run_id: str) -> None:
         """What a model at an address can do (name -> value and detail), in place of what was found before."""
         shared = {"model": model, "base_url": base_url, "run_id": run_id, "probed_at": timestamp(time.time())}

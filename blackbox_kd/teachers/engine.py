@@ -50,13 +50,17 @@ class Engine:
         author: Author = "teacher",
         caps: BudgetConfig | None = None,
         run_dir: Path | None = None,
+        beside: Budget | None = None,
     ) -> None:
-        """Raises:
-        ConfigError: a cap that cannot be kept, see `Budget`.
+        """`beside`: the budget of another endpoint of the run, to be shared; else `caps` makes a new one.
+
+        Raises:
+            ConfigError: a cap that cannot be kept, see `Budget`.
         """
         self._config, self._corpus, self._run_id, self._author = config, corpus, run_id, author
         self.run_dir = run_dir
-        self.budget = Budget(caps or BudgetConfig(), price_of(config))
+        price = price_of(config)
+        self.budget = beside.beside(price) if beside else Budget(caps or BudgetConfig(), price)
         self.caller = Caller(config, run_id, self.budget)
         self._decoder = Decoder()
         self._stack = AsyncExitStack()
@@ -216,7 +220,8 @@ class Engine:
     async def _connect(self) -> None:
         async with self._connecting:
             if self.caller.transport is None:
-                await self.count_history()
+                if not self.budget.is_counted:  # later it would forget what is not in the corpus yet
+                    await self.count_history()
                 self.caller.transport = await self._stack.enter_async_context(self._config.connect())
         if len(self._open) <= 1:
             self.caller.limiter.begin()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
@@ -17,9 +18,13 @@ from blackbox_kd.types import Author, Completion, Message, Request, SamplingPara
 
 
 def chat_body(
-    config: TeacherConfig, messages: list[Message], sampling: SamplingParams, sample_idx: int
+    config: TeacherConfig,
+    messages: list[Message],
+    sampling: SamplingParams,
+    sample_idx: int,
+    parameters: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The JSON of one question."""
+    """The JSON of one question; `parameters` are those that only some questions have."""
     body: dict[str, Any] = {
         "model": config.model,
         "messages": messages,
@@ -33,7 +38,7 @@ def chat_body(
         body["seed"] = draw_seed(config.seed, messages, sample_idx)
     if config.reasoning_effort is not None:
         body["reasoning_effort"] = config.reasoning_effort
-    body |= config.extra_body
+    body |= {**(parameters or {}), **config.extra_body}
     return {key: value for key, value in body.items() if key not in config.omit_params}
 
 
