@@ -72,7 +72,7 @@ BLIND = Language({
            for before in ("", *SIGNS)}
     for kind in "xy"
 })  # fmt: skip
-"""As much of the teacher as can be learnt without a look at the question, from SWAPPED too."""
+"""The teacher's language without a look at the question; it is learnt from SWAPPED as well."""
 WRONG = Language({
     "x": {"": (23, 70, 5, 2), "+": (35, 35, 10, 20), "-": (10, 45, 30, 15), "*": (40, 20, 30, 10)},
     "y": {"": (5, 70, 23, 2), "+": (35, 10, 35, 20), "-": (30, 45, 10, 15), "*": (10, 50, 30, 10)},
@@ -92,8 +92,9 @@ class Distance(NamedTuple):
     """`sum_y p(y) log p(y)/q(y)`, p of the teacher."""
     reverse: float
     """`sum_y q(y) log q(y)/p(y)`, q of the student among ANSWERS."""
-    regret: float
-    """`- sum_y q(y) log p(y)`: how unlikely the teacher finds what the student writes. Least on the teacher's mode."""
+    behind: float
+    """`sum_a q(a) sum_z p(z|a) log p(z|a)/q(z|a)`, a the first token, z what follows: the forward KL on states of the
+    student's own, as far as that can be learnt from its beginnings."""
     astray: float
     """Mass that the student gives to anything else: other bytes, marks of the template."""
 
@@ -123,10 +124,18 @@ def _distance(log_p_PY: np.ndarray, log_q_PY: np.ndarray) -> Distance:
     means = (
         (p_PY * (log_p_PY - log_q_PY)).sum(1),
         (q_PY * (np.log(q_PY) - log_p_PY)).sum(1),
-        -(q_PY * log_p_PY).sum(1),
+        _behind(p_PY, q_PY),
         1 - among_P1[:, 0],
     )
     return Distance(*(float(each.mean()) for each in means))
+
+
+def _behind(p_PY: np.ndarray, q_PY: np.ndarray) -> np.ndarray:
+    starts_AY = np.array([[answer[0] == token for answer in ANSWERS] for token in TOKENS], float)
+    p_PA, q_PA = p_PY @ starts_AY.T, q_PY @ starts_AY.T
+    after_PY = (p_PY / (p_PA @ starts_AY)) * np.log(p_PY / (p_PA @ starts_AY) / (q_PY / (q_PA @ starts_AY)))
+    found: np.ndarray = (q_PA * (after_PY @ starts_AY.T)).sum(1)
+    return found
 
 
 def make_student(folder: Path, language: Language = WRONG, steps: int = 250) -> Path:

@@ -2,7 +2,7 @@
 
 It draws under the seed of the request and shows its true logprobs, goes on with an assistant's message, scores a given
 one (vLLM's `prompt_logprobs`), and answers a rewrite by a draw of its own. It grades answers, with and without a
-rubric, by how likely they are to be its own. The prompt is found in whatever is asked.
+rubric, by how likely they are to be its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from aiohttp import web
 
 from blackbox_kd.student.render import Renderer
-from tests.toy import END, PROMPTS, Language
+from tests.toy import END, LONGEST, Language
 
 ELSEWHERE = -14.0
 """Nats of what the teacher never says: a server shows a small number, not an infinite one."""
@@ -36,7 +36,7 @@ class ToyEndpoint:
 
     def __call__(self, body: dict[str, Any], request: web.Request | None) -> dict[str, Any]:
         messages = body["messages"]
-        prompt = prompt_in(messages)
+        prompt = self._prompt(messages)
         if "Reply with JSON only" in str(messages[-1]["content"]):
             return self._judged(body, prompt, str(messages[-1]["content"]))
         written = str(messages[-1]["content"]) if messages[-1]["role"] == "assistant" else ""
@@ -48,6 +48,14 @@ class ToyEndpoint:
         if (k := body.get("prompt_logprobs")) is not None:
             reply["prompt_logprobs"] = self._scored(body, prompt, k)
         return reply
+
+    def _prompt(self, messages: list[dict[str, Any]]) -> str:
+        """What a question is about, bare or inside of a template: the prompt that it names last.
+
+        Any other question is answered as the one with the longest answer: a self-check wants tokens to compare.
+        """
+        said = re.findall(r"\b[xy]\d\d\b", " ".join(str(m["content"]) for m in messages if m["role"] == "user"))
+        return str(said[-1]) if said else max("xy", key=lambda kind: len(self.language.write(kind, "", None, LONGEST)))
 
     def _judged(self, body: dict[str, Any], prompt: str, asked: str) -> dict[str, Any]:
         """A rubric, verdicts by one, or grades: all of them fall with the answer's surprise."""
@@ -114,12 +122,6 @@ class ToyEndpoint:
             }
             for other in shown
         }
-
-
-def prompt_in(messages: list[dict[str, Any]]) -> str:
-    """The prompt that a question is about, bare or inside of a template: the last that is named, or just the first."""
-    said = re.findall(r"\b[xy]\d\d\b", " ".join(str(m["content"]) for m in messages if m["role"] == "user"))
-    return str([PROMPTS[0], *said][-1])
 
 
 def _shown(token: str, place: Mapping[str, float], k: int) -> dict[str, Any]:
