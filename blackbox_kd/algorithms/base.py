@@ -97,6 +97,13 @@ class AlgorithmConfig(Section):
         """Whether it cannot do without the section `judge`."""
         return False
 
+    def resolve(self, can: Capabilities, prompts: int, calls: int | None) -> tuple[AlgorithmConfig, str]:
+        """The algorithm that is meant, and why: itself, but for `auto`.
+
+        `prompts` are those of all rounds, `calls` what the budget leaves for them; None where it sets no limit.
+        """
+        return self, ""
+
     def lacking(self, can: Capabilities) -> str | None:
         """What the endpoint would have to be able to do, and cannot; None where nothing is lacking."""
         return None
