@@ -46,6 +46,7 @@ async def run(project: Project) -> dict[str, Any]:
     found = await go_round(project, lane, ranks)
     await lane.run(ranks.share)  # there is nothing more to follow
     await lane.run(ranks.leave)
+    lane.close()
     return {"rounds": found}
 
 

@@ -246,7 +246,7 @@ class TrainSample(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens to learn from. The trainer reads weights, never an algorithm's name."""
 
     sample_id: str
-    """completion_id of the text; training order follows it."""
+    """completion_id of the text."""
     input_ids: list[int]
     weights: Mapping[str, list[float]]
     """Loss component (`student.components`) -> one weight for each of `input_ids`; 0 on tokens it does not train.

@@ -59,7 +59,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     async def feedback(self, rollouts: Sequence[Rollout], round_: int) -> Outcome:
-        """Ask about the rollouts and make samples of the replies.
+        """Ask about the rollouts and make samples of the replies, in an order that repeats: that of the rollouts.
 
         Raises:
             TeacherError: the endpoint is gone or refuses.
