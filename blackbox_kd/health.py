@@ -42,6 +42,13 @@ def overlap(one: TopK, other: TopK) -> float:
     return float(np.mean(shares)) if shares else float("nan")
 
 
+def by_depth(values: Sequence[np.ndarray], parts: int = 3) -> list[float]:
+    """Mean over the first, ..., last part of each text's (S,) values; NaN is left out, and where nothing is left."""
+    split = [np.array_split(each, parts) for each in values]
+    pooled = [np.concatenate([each[i] for each in split] or [np.zeros(0)]) for i in range(parts)]
+    return [float(np.nanmean(part)) if np.isfinite(part).any() else float("nan") for part in pooled]
+
+
 def distinct(texts: Sequence[str], n: int) -> float:
     """Different n-grams of words over all n-grams (Li et al. 2016, distinct-n); 1 where there are none."""
     grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from blackbox_kd.align import Aligner, SoftLabels, learn_end_ids, same_tokenizer
+from blackbox_kd.align import Aligner, SoftLabels, StudentVocab, learn_end_ids, same_tokenizer
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.errors import AlignmentError, ModelError
 from blackbox_kd.progress import say
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.student.vocabulary import student_vocab
-from blackbox_kd.types import TeacherTokens
+from blackbox_kd.types import TeacherTokens, VocabToken
 
 NARROW = -5.0
 """Below this, text and logprobs are of two distributions."""
@@ -93,12 +93,8 @@ def label(corpus: Corpus, renderer: Renderer, model: str, scorer: str, answers: 
     except ModelError as error:
         say(f"no soft labels: {error}")
         return none
-    vocab = corpus.vocab(model)
-    ends = learn_end_ids(vocab, [(text, scored[i]) for i, text in answers if i in scored])
     triples = {i: (text, scored[i], renderer.completion(text)) for i, text in answers if i in scored}
-    same = same_tokenizer(vocab, student, triples.values(), end_ids=ends)
-    aligner = Aligner(vocab, student, end_ids=ends, same=same)
-    aligner.observe(triples.values())
+    aligner = learned_aligner(corpus.vocab(model), student, list(triples.values()))
     labels, wrong = list[SoftLabels | None](), list[str]()
     for completion_id, _ in answers:
         labels.append(None)
@@ -115,4 +111,14 @@ def label(corpus: Corpus, renderer: Renderer, model: str, scorer: str, answers: 
             f"soft labels: the answers are less surprising than their own logprobs promise (z {z:.1f}): the endpoint "
             "draws from a narrower distribution than it shows (a top_k or min_p of its own?), see teacher.extra_body"
         )
-    return Labelled(labels, same, z)
+    return Labelled(labels, aligner.same, z)
+
+
+def learned_aligner(
+    vocab: Mapping[int, VocabToken], student: StudentVocab, scored: Sequence[tuple[str, TeacherTokens, Sequence[int]]]
+) -> Aligner:
+    """What whole answers (text, the teacher's tokens with their end, the student's ids) tell of two tokenizers."""
+    ends = learn_end_ids(vocab, [(text, tokens) for text, tokens, _ in scored])
+    aligner = Aligner(vocab, student, end_ids=ends, same=same_tokenizer(vocab, student, scored, end_ids=ends))
+    aligner.observe(scored)
+    return aligner

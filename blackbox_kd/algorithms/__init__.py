@@ -10,9 +10,10 @@ from importlib.metadata import entry_points
 from blackbox_kd.algorithms.base import AlgorithmConfig
 from blackbox_kd.algorithms.preference import PreferenceConfig
 from blackbox_kd.algorithms.relabel import RelabelConfig
+from blackbox_kd.algorithms.score import ScoreConfig
 
 
 def algorithms() -> list[type[AlgorithmConfig]]:
     """All algorithm configs, ours and those of installed packages."""
-    ours: list[type[AlgorithmConfig]] = [RelabelConfig, PreferenceConfig]
+    ours: list[type[AlgorithmConfig]] = [RelabelConfig, PreferenceConfig, ScoreConfig]
     return ours + [point.load() for point in entry_points(group="blackbox_kd.algorithms")]

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from blackbox_kd.types import Completion, TokenLogprob, TopLogprob
+from blackbox_kd.types import Completion, Scores, TokenLogprob, TopLogprob
 
 SENTINEL_LOGPROB = -9999.0
 """OpenAI's stand-in for `not among the likeliest`; stored as NULL."""
@@ -74,7 +74,7 @@ MASS_DECIMALS = 6
 _ABSENT = TopLogprob(token="", logprob=-np.inf, id=0)
 
 
-def table(scored: Sequence[tuple[Completion, str]], vocab: Vocab) -> pa.Table:
+def table(scored: Sequence[tuple[Completion | Scores, str]], vocab: Vocab) -> pa.Table:
     """Rows of `logprobs` for completions (with the scorer of each): flat lists, T tokens and T * k alternatives."""
     sizes, widths, mass = [], [], []
     ids, values, top_ids, top_values = list[int](), list[float](), list[int](), list[float]()
