@@ -163,7 +163,7 @@ class Score(Algorithm):
 
 def with_label(labels: SoftLabels) -> np.ndarray:
     """(S,) whether a token has any."""
-    found: np.ndarray = (labels.logprobs > -np.inf).any(1)
+    found: np.ndarray = np.any(labels.logprobs > -np.inf, axis=1)
     return found
 
 

@@ -127,7 +127,8 @@ class Aligner:
         """
         raw = text.encode()
         student_starts, _ = self.student.starts(raw, student_ids)
-        found = common_spans(student_starts, self._starts(raw, teacher.token_ids.tolist())[0], len(raw))
+        teacher_starts = np.maximum(self._starts(raw, teacher.token_ids.tolist())[0], 0)
+        found = common_spans(student_starts, teacher_starts, len(raw))
         last = self._slots(teacher.token_ids[-1:])
         if len(last) and self._is_end[last[0]] and list(student_ids[-1:]) == [self.student.end_id]:
             found.append(Span(*(slice(n - 1, n) for n in (len(student_ids), len(teacher.token_ids)))))

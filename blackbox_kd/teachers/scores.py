@@ -30,9 +30,13 @@ def choice_tokens(choice: Any) -> list[TokenLogprob]:
 
 
 def array_tokens(logprobs: Any) -> list[TokenLogprob]:
-    """Parallel arrays with their alternatives (`{text: logprob}` a token); none where they are not whole."""
+    """Parallel arrays with their alternatives (`{text: logprob}` a token); none where they are not whole.
+
+    Alternatives have no ids, and then the tokens have none either: one of them would be two.
+    """
     tokens, values = items(logprobs, "tokens"), items(logprobs, "token_logprobs")
     ids, tops = (items(logprobs, name) or [None] * len(tokens) for name in ("token_ids", "top_logprobs"))
+    ids = [None] * len(ids) if any(tops) else ids
     if not len(tokens) == len(values) == len(ids) == len(tops):
         return []
     return _entries([

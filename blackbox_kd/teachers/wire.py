@@ -118,14 +118,21 @@ class _Reply(msgspec.Struct, Generic[Shown]):
     model: str | None = None
     system_fingerprint: str | None = None
     usage: _Usage | None = None
+    error: Any = None
+
+
+class _Billed(msgspec.Struct):
+    """Of a reply of any endpoint."""
+
+    usage: _Usage | None = None
     meta_info: _Usage | None = None
     """SGLang's own."""
-    error: Any = None
 
 
 _whole = msgspec.json.Decoder(_Reply[_Logprobs[TokenLogprob]])
 _lean = msgspec.json.Decoder(_Reply[_Logprobs[_LeanToken]])
 _bytes = msgspec.json.Decoder(_Reply[_Logprobs[_BytesToken]])
+_billed = msgspec.json.Decoder(_Billed)
 _bare = msgspec.json.Decoder(_Reply[Any])
 """Whatever stands where logprobs should."""
 
@@ -290,7 +297,7 @@ def _completions(
 def usage_of(data: bytes) -> Usage:
     """What a 200 says that it cost; nothing where it cannot be read."""
     try:
-        reply = _bare.decode(_strict(data))
+        reply = _billed.decode(_strict(data))
         return _usage(reply.usage or reply.meta_info)
     except UNREADABLE:
         return Usage()
