@@ -321,7 +321,7 @@ def test_the_budget_counts_every_call(dialect: str, corpus: Corpus, byte_rendere
 
 
 def test_a_call_that_fails_is_asked_again_alone(corpus: Corpus, byte_renderer: Renderer, lm: LanguageModel) -> None:
-    api, busy = SpeakingAPI(lm, "llama.cpp"), [20]
+    api, busy = SpeakingAPI(lm, "llama.cpp"), [28]
     answer = api.answer
 
     def failing(body: dict[str, Any], request: Any) -> Any:
