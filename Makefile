@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 VLLM   := .venv-vllm
 
-.PHONY: setup quickstart test test-fast test-vllm lint bench bench-collect bench-losses bench-true-kl clean
+.PHONY: setup quickstart test test-fast test-vllm lint bench bench-collect bench-losses bench-true-kl bench-pipeline clean
 
 setup: $(STAMP)
 

@@ -158,6 +158,24 @@ class UpdateConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
 
 
+class DiscriminatorConfig(Section):
+    """A classifier that tells the teacher's text from the student's: a LoRA and a head, AdamW at a constant rate."""
+
+    model: str | None = None
+    """As `student.model`, or a small encoder; null: the student's own base, a second time in memory."""
+    r: int = Field(8, ge=1)
+    lora_alpha: int = Field(16, ge=1)
+    learning_rate: float = Field(3e-4, gt=0)
+    batch_size: int = Field(8, ge=1)
+    """Pairs per optimiser step; texts per forward pass when it scores."""
+    warmup_steps: int = Field(40, ge=1)
+    """Optimiser steps of the first round."""
+    steps: int = Field(10, ge=1)
+    """Of each later round."""
+    heldout_fraction: float = Field(0.25, gt=0, lt=1)
+    """Share of prompts that it never learns from; its accuracy is measured there."""
+
+
 class EvaluateConfig(Section):
     """How checkpoints are compared."""
 

@@ -7,6 +7,7 @@
     ├── ModelError                  2   a student model cannot be loaded or does not fit
     ├── AlignmentError              2   rows, tokens or scores that must match up do not
     ├── TrainingError               2   an update that would be a no-op or has diverged
+    ├── GateFailed              5   the result is not what it looks like: a judge that is gamed
     ├── BudgetExhausted             4   the next call could pass the cap; the same command with a higher one goes on
     └── TeacherError                3   the endpoint failed
         ├── TeacherRefused          3   for good: key, quota, permission
@@ -58,6 +59,12 @@ class BudgetExhausted(BlackboxKDError):
     """The next call could pass the cap; what was received is kept."""
 
     exit_code = 4
+
+
+class GateFailed(BlackboxKDError):
+    """The run did what it was told, and its result must not be used."""
+
+    exit_code = 5
 
 
 class TeacherError(BlackboxKDError):

@@ -9,8 +9,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -39,7 +39,7 @@ from blackbox_kd.progress import say
 from blackbox_kd.prompts import SPLITS, PromptSet
 from blackbox_kd.run_dir import RunDir
 from blackbox_kd.teachers import providers
-from blackbox_kd.teachers.base import TeacherConfig
+from blackbox_kd.teachers.base import Capabilities, TeacherConfig
 from blackbox_kd.teachers.budget import BudgetConfig
 from blackbox_kd.teachers.teacher import Questions, Teacher
 from blackbox_kd.types import Prompt, Request, SamplingParams
@@ -51,9 +51,11 @@ CAPS = {"usd": "DOLLARS", "tokens": "N", "requests": "N"}
 
 if TYPE_CHECKING:
     TeacherChoice = TeacherConfig
+    JudgeChoice = TeacherConfig | None
     AlgorithmChoice = AlgorithmConfig
 else:  # a discriminated union is the registry: it validates, dispatches, and names what there is
     TeacherChoice = Annotated[reduce(or_, providers()), Field(discriminator="provider")]
+    JudgeChoice = Annotated[reduce(or_, providers()) | None, Field(discriminator="provider")]
     AlgorithmChoice = Annotated[reduce(or_, algorithms()), Field(discriminator="name")]
 
 
@@ -79,6 +81,9 @@ class OnPolicyConfig(Section):
     """Share of teacher rows of the sequence-level stage in each update."""
     max_failed_feedback: float = Field(0.2, ge=0, le=1)
     """A round with a larger share of unusable feedback stops the run."""
+    max_judge_divergence: float = Field(0.1, ge=0)
+    """With `evaluate.judge`: how far its mean reward may fall while that of `judge` rises (both are 0 to 1); beyond it
+    the judge is being gamed, and the run stops."""
     update: UpdateConfig = UpdateConfig()
 
     @model_validator(mode="after")
@@ -97,6 +102,13 @@ class OnPolicyConfig(Section):
         )
 
 
+class JudgedConfig(EvaluateConfig):
+    """How checkpoints are compared, and who looks over the judge's shoulder."""
+
+    judge: JudgeChoice = None
+    """Another endpoint than `judge`, that grades a part of each round and is never trained on."""
+
+
 class Config(Section):
     """The whole YAML."""
 
@@ -108,12 +120,41 @@ class Config(Section):
     """The DuckDB file; null: <run_dir>/corpus.duckdb. Several runs may share one."""
     prompts: PromptsConfig
     teacher: TeacherChoice
+    judge: JudgeChoice = None
+    """Who grades: an endpoint with the keys of `teacher`. `{same_as: teacher}` stands for the teacher's own keys
+    without its private prompt; keys beside it replace the teacher's."""
     sample: SampleConfig = SampleConfig()
     student: StudentConfig
     sft: SftConfig = SftConfig()
     onpolicy: OnPolicyConfig
-    evaluate: EvaluateConfig = EvaluateConfig()
+    evaluate: JudgedConfig = JudgedConfig()
     budget: BudgetConfig = BudgetConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _same_as_teacher(cls, data: Any) -> Any:
+        """Spelt out, so that the resolved config says whom a judge is."""
+        if not isinstance(data, Mapping):
+            return data
+        found = dict(data)
+        if "judge" in found:
+            found["judge"] = _spelt_out(found["judge"], "judge", found.get("teacher"))
+        if isinstance(section := found.get("evaluate"), Mapping) and "judge" in section:
+            other = _spelt_out(section["judge"], "evaluate.judge", found.get("teacher"))
+            found["evaluate"] = {**section, "judge": other}
+        return found
+
+    @model_validator(mode="after")
+    def _judges(self) -> Config:
+        algorithm, judge, unseen = self.onpolicy.algorithm, self.judge, self.evaluate.judge
+        if algorithm.needs_judge and judge is None:
+            raise ValueError(
+                f"onpolicy.algorithm {algorithm.name} needs a judge: set judge: {{provider: .., model: ..}}, or "
+                "judge: {same_as: teacher} to let the teacher grade"
+            )
+        if judge and unseen and judge.model == unseen.model:  # its answers would also be read back as the other's
+            raise ValueError(f"evaluate.judge: {unseen.model!r} is the judge itself; name another model, or none")
+        return self
 
     @model_validator(mode="after")
     def _one_distribution(self) -> Config:
@@ -137,6 +178,28 @@ class Config(Section):
         """Sections as plain values: what a checkpoint depends on."""
         dumped = self.model_dump(mode="json")
         return {name: dumped[name] for name in names}
+
+
+def _spelt_out(judge: Any, where: str, teacher: Any) -> Any:
+    if not (isinstance(judge, Mapping) and "same_as" in judge):
+        return judge
+    if judge["same_as"] != "teacher":
+        raise ValueError(f"{where}.same_as: it can only be teacher, it is {judge['same_as']!r}")
+    shared = {key: value for key, value in teacher.items() if key != "prompt"} if isinstance(teacher, Mapping) else {}
+    return shared | {key: value for key, value in judge.items() if key != "same_as"}
+
+
+def settled(config: Config, prompts: PromptSet, can: Capabilities) -> tuple[Config, str]:
+    """The config with the on-policy algorithm that is meant, and why it is (`auto`).
+
+    It does not depend on what has been spent: the same run makes the same choice again.
+    """
+    loop, cap = config.onpolicy, config.budget.max_requests
+    asked = prompts.count("train", config.sample.max_prompts) * config.sample.draws
+    fixed = 2 * (prompts.count("heldout") + prompts.count("ood"))
+    left = None if cap is None else cap - asked - fixed
+    chosen, why = loop.algorithm.resolve(can, loop.rounds * loop.prompts_per_round, left)
+    return config.model_copy(update={"onpolicy": loop.model_copy(update={"algorithm": chosen})}), why
 
 
 def sample_questions(teacher: Questions, prompts: Iterable[Prompt]) -> Iterator[Request]:
@@ -168,6 +231,11 @@ class Project:
                 caps=config.budget,
                 run_dir=config.run_dir,
             )
+            self.judge = self._judge(config.judge, "judge")
+            self.unseen = self._judge(config.evaluate.judge, "evaluate.judge")
+            if not config.onpolicy.algorithm.lacking(self.teacher.capabilities):
+                self.settle()
+                config = self.config
             for name in self.run_dir.checkpoints():  # before the config of the run is overwritten
                 self.run_dir.done(name, self.settings_of(name))
             resolved = config.model_dump(mode="json") | {"corpus": str(config.corpus_path)}
@@ -180,6 +248,26 @@ class Project:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stack.close()
+
+    def settle(self) -> str:
+        """`algorithm: auto` becomes what it stands for, for everything that follows; why."""
+        self.config, why = settled(self.config, self.prompts, self.teacher.capabilities)
+        return why
+
+    def _judge(self, config: TeacherConfig | None, where: str) -> Teacher | None:
+        """An endpoint that shares the teacher's budget."""
+        if config is None:
+            return None
+        folder, budget = self.config.run_dir, self.teacher.engine.budget
+        try:
+            return Teacher(config, self.corpus, self.run_id, author="judge", run_dir=folder, beside=budget)
+        except ConfigError as error:  # it names the keys as those of a teacher
+            raise ConfigError(str(error).replace("teacher.", f"{where}.")) from error
+
+    @property
+    def endpoints(self) -> list[Teacher]:
+        """The teacher, and the judges that there are."""
+        return [endpoint for endpoint in (self.teacher, self.judge, self.unseen) if endpoint]
 
     @property
     def run_id(self) -> str:
@@ -211,6 +299,8 @@ class Project:
             found |= config.sections("onpolicy")
             del found["onpolicy"]["rounds"]
             found["algorithm_files"] = config.onpolicy.algorithm.files_hash()
+            if config.onpolicy.algorithm.needs_judge and self.judge:
+                found["judge"] = {"model": self.judge.config.model, "prompt": self.judge.context.context_hash}
             found["train_prompts"] = content_id([prompt.prompt_id for prompt in self.prompts["train"]])
         return found
 
@@ -259,6 +349,12 @@ def parser(command: str, doc: str) -> argparse.ArgumentParser:
     return made
 
 
+def config_of(flags: argparse.Namespace, rest: Sequence[str]) -> Config:
+    """What `--config` and the other flags say."""
+    caps = [(f"budget.max_{cap}", value) for cap in CAPS if (value := getattr(flags, f"max_{cap}")) is not None]
+    return load_config(Config, flags.config, [*overrides(rest), *caps])
+
+
 def overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
     """`--a.b value` and `--a.b=value` as pairs.
 
@@ -296,15 +392,31 @@ def guarded(body: Callable[[], int], *, debug: bool) -> int:
         return INTERRUPTED
 
 
+Follow = Callable[[Config], None]
+"""The part of a stage in every process of a launcher but the first."""
+
+
 def stage_main(
-    command: str, doc: str, stage: Stage, argv: Sequence[str] | None = None, *, show: Show | None = None
+    command: str,
+    doc: str,
+    stage: Stage,
+    argv: Sequence[str] | None = None,
+    *,
+    show: Show | None = None,
+    follow: Follow | None = None,
 ) -> int:
-    """Parse, open the project, run one stage, print its result (as JSON, or by `show`); returns the exit code."""
+    """Parse, open the project, run one stage, print its result (as JSON, or by `show`); returns the exit code.
+
+    Of several processes the first alone opens the project; a stage that has nothing to `follow` runs in one.
+    """
     flags, rest = parser(command, doc).parse_known_args(argv)
 
     def body() -> int:
-        caps = [(f"budget.max_{cap}", value) for cap in CAPS if (value := getattr(flags, f"max_{cap}")) is not None]
-        config = load_config(Config, flags.config, [*overrides(rest), *caps])
+        rank = launched(command, follow)
+        config = config_of(flags, rest)
+        if rank and follow:
+            follow(config)
+            return 0
         with Project(config) as project:
             result = asyncio.run(_closing(stage, project))
             if flags.json:
@@ -316,20 +428,33 @@ def stage_main(
     return guarded(body, debug=flags.debug)
 
 
+def launched(command: str, follow: Follow | None) -> int:
+    """The rank of this process among those that `accelerate launch` or `torchrun` started.
+
+    Raises:
+        ConfigError: there are several, and the stage runs in one.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and follow is None:
+        raise ConfigError(f"{command} runs in one process: start it without `accelerate launch`")
+    return int(os.environ.get("RANK", 0))
+
+
 async def _closing(stage: Stage, project: Project) -> dict[str, Any]:
     task = asyncio.current_task()
     assert task is not None
 
     def interrupted(*_: object) -> None:
         """Answers in flight are waited for; training stops where it is, its checkpoints are on disk."""
-        if project.teacher.engine.busy:
+        if any(endpoint.engine.busy for endpoint in project.endpoints):
             task.get_loop().call_soon_threadsafe(task.cancel)
         else:
             raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, interrupted)
     try:
-        async with project.teacher:
+        async with AsyncExitStack() as stack:
+            for endpoint in project.endpoints:
+                await stack.enter_async_context(endpoint)
             return await stage(project)
     finally:
         signal.signal(signal.SIGINT, before)

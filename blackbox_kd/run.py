@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from blackbox_kd import evaluate, onpolicy, sample, sft, yardstick
+from blackbox_kd import evaluate, onpolicy, probe, sample, sft, yardstick
 from blackbox_kd.algorithms.base import Tools
 from blackbox_kd.lane import Lane
 from blackbox_kd.progress import say
@@ -23,6 +23,7 @@ from blackbox_kd.student.trainer import check_soft
 async def run(project: Project) -> dict[str, Any]:
     """The summary of `evaluate`."""
     check(project)
+    await probe.ensure(project)
     engine = project.teacher.engine
     await sample.run(project)
     await yardstick.capture(project)
@@ -41,7 +42,10 @@ def check(project: Project) -> None:
     if config.sft.soft_labels and config.sample.top_logprobs:
         check_soft(args)
     student = Student(config.student, seed=config.seed)
-    config.onpolicy.algorithm.build(Tools(project.teacher, student.renderer, config.student, Lane()))
+    judges = project.judge, project.unseen
+    tools = Tools(project.teacher, student.renderer, config.student, Lane(), config.seed, *judges)
+    if not config.onpolicy.algorithm.lacking(project.teacher.capabilities):
+        config.onpolicy.algorithm.build(tools)
     for split in SPLITS:
         for prompt in project.prompts[split]:
             student.renderer.prompt(prompt.messages)

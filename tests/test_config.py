@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from blackbox_kd.algorithms import algorithms
 from blackbox_kd.config import SHIPPED, config_path, dump_config, find_file, load_config, validate, walk
 from blackbox_kd.errors import ConfigError
 from blackbox_kd.project import Config, overrides
@@ -23,6 +24,8 @@ onpolicy: {algorithm: {name: relabel}}
 """
 
 Load = Callable[..., Config]
+
+NAMES = [each.model_fields["name"].default for each in algorithms()]
 
 
 @pytest.fixture
@@ -133,7 +136,7 @@ def test_a_key_of_another_provider_is_not_offered_as_its_own_correction(load: Lo
          "student.lora.layers_to_transform: should be greater than or equal to 0, it is -1"),
         ("sample", "", "sample: should be a section with keys of its own, it is None"),
         ("teacher.extra_body", "[1]", "teacher.extra_body: should be a section with keys of its own, it is [1]"),
-        ("onpolicy.algorithm.name", "relable", "onpolicy.algorithm.name: 'relable' is none of relabel, preference, score"),
+        ("onpolicy.algorithm.name", "relable", f"onpolicy.algorithm.name: 'relable' is none of {', '.join(NAMES)}"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_one_line_with_key_and_value(load: Load, flag: str, value: str, said: str) -> None:

@@ -623,3 +623,19 @@ def test_scored_tokens_are_arrays_of_what_was_stored(corpus: Corpus) -> None:
     assert found[bare.completion_id].top_ids.shape == (1, 0)
     assert corpus.scored_tokens(ids, "m@another") == {}
     assert corpus.vocab("another") == {}
+
+
+def test_threads_that_open_and_close_at_the_same_time_wait_for_each_other(corpus: Corpus) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    import pyarrow as pa
+
+    from blackbox_kd.corpus.connection import connect
+
+    def look(i: int) -> int:
+        with connect(corpus.path, read_only=i % 3 == 0, wait_s=30.0) as con:
+            rows = pa.table({"x": [i]})  # noqa: F841, found by its name: needs what Python adds to an instance
+            return int(con.execute("select count(*) from rows").fetchall()[0][0])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(look, range(200))) == 200

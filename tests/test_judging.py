@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,22 @@ from typing import Any
 import pytest
 
 from blackbox_kd.errors import ConfigError
-from blackbox_kd.judging import RewritePrompt, usable_text
-from blackbox_kd.types import Completion, Message, Prompt, Rollout
+from blackbox_kd.judging import (
+    Criterion,
+    RewritePrompt,
+    conversation,
+    expected_grades,
+    grades_format,
+    read_grades,
+    read_rubric,
+    read_verdicts,
+    rubric_format,
+    rubric_reward,
+    shuffled,
+    usable_text,
+    verdicts_format,
+)
+from blackbox_kd.types import Completion, Message, Prompt, Rollout, TokenLogprob, TopLogprob
 
 WriteJsonl = Callable[[str, list[dict[str, Any]]], Path]
 
@@ -107,3 +123,121 @@ def test_an_answer_that_did_not_stop_by_itself_is_not_usable(finish_reason: str)
 @pytest.mark.parametrize("completion", [None, reply(""), reply(" \n\t ")])
 def test_a_missing_or_empty_answer_is_not_usable(completion: Completion | None) -> None:
     assert usable_text(completion) is None
+
+
+def test_a_lone_question_is_shown_as_it_is_and_turns_with_their_roles() -> None:
+    assert conversation([user("Say 1")]) == "Say 1"
+    assert conversation([{"role": "system", "content": "Be kind"}, user("Hi")]) == "system: Be kind\n\nuser: Hi"
+
+
+def test_the_order_is_one_for_the_same_texts_whatever_order_they_come_in() -> None:
+    texts = [f"t{i}" for i in range(8)]
+    order = shuffled(texts, "judge")
+    assert order == shuffled(texts[::-1], "judge")
+    assert sorted(order) == texts != order
+    assert order != shuffled(texts, "another judge")
+    assert shuffled(["a", "b", "a"], "") in (["a", "b"], ["b", "a"])
+
+
+def test_every_place_is_taken_by_every_text_now_and_then() -> None:
+    firsts = {shuffled(["a", "b", "c"], str(i))[0] for i in range(50)}
+    assert firsts == {"a", "b", "c"}
+
+
+def rubric(*points: int) -> str:
+    return json.dumps({"criteria": [{"criterion": f"has {p}", "points": p} for p in points]})
+
+
+def test_a_rubric_is_read_with_whatever_stands_around_it() -> None:
+    expected = [Criterion(criterion=f"has {p}", points=p) for p in (1, 2, 5, 3)]
+    assert read_rubric(f"Sure!\n```json\n{rubric(1, 2, 5, 3)}\n```") == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "no JSON", "{", "[]", '{"criteria": []}', rubric(1, 2, 3), rubric(*[1] * 13), rubric(1, 2, 3, 6),
+        rubric(1, 2, 3, 0), rubric(1, 1, 1, 1).replace('"points": 1', '"points": true'),
+        rubric(1, 1, 1, 1).replace("has 1", ""), rubric(1, 2, 3, 4)[:-3], "{" * 100_000,
+    ],
+    ids=range(13),
+)  # fmt: skip
+def test_another_rubric_is_none(text: str) -> None:
+    assert read_rubric(text) is None
+
+
+def test_verdicts_are_in_the_order_in_which_answers_were_shown() -> None:
+    text = '{"answer_2": [false, true], "answer_1": [true, true]}'
+    assert read_verdicts(text, 2, 2) == [[True, True], [False, True]]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"answer_1": [true, true]}',
+        '{"answer_1": [true, true], "answer_2": [true, true], "answer_3": [true, true]}',
+        '{"answer_1": [true, true], "answer_3": [true, true]}',
+        '{"answer_1": [true, true], "answer_2": [true]}',
+        '{"answer_1": [true, true], "answer_2": [1, 0]}',
+        '{"answer_1": [true, true], "answer_2": [true, true], "answer_1": [false, false]}',
+        '{"answer_1": [true, true], "answer_2": null}',
+    ],
+)
+def test_a_verdict_for_another_number_of_answers_or_criteria_is_none(text: str) -> None:
+    assert read_verdicts(text, 2, 2) is None
+
+
+@pytest.mark.parametrize("text", ['{"answer_1": 10}', '{"answer_1": -1}', '{"answer_1": 7.5}', '{"answer_1": true}'])
+def test_a_grade_is_a_digit(text: str) -> None:
+    assert read_grades('{"answer_1": 7}', 1) == [7]
+    assert read_grades(text, 1) is None
+
+
+def test_a_reward_is_the_share_of_points() -> None:
+    lines = [Criterion(criterion="x", points=p) for p in (1, 2, 5)]
+    assert rubric_reward(lines, [True, False, True]) == 6 / 8
+    with pytest.raises(ValueError, match="zip"):
+        rubric_reward(lines, [True])
+
+
+def tokens(*texts: str, **shown: dict[str, float]) -> list[TokenLogprob]:
+    """Tokens whose alternatives are given by name: `_3={"3": 0.5}` for the token 3."""
+    found = []
+    for text in texts:
+        others = shown.get(f"_{text.strip()}", {})
+        top = [TopLogprob(token=other, logprob=math.log(p)) for other, p in others.items()]
+        found.append(TokenLogprob(token=text, logprob=math.log(others.get(text, 0.5)), top_logprobs=top))
+    return found
+
+
+def test_a_grade_is_the_mean_over_the_digits_that_are_shown() -> None:
+    written = tokens('{"', "answer", "_", "1", '":', " 3", ", ", '"answer_2"', ":", "8", "}", "",
+                     _3={" 3": 0.4, " 5": 0.2, " nine": 0.3}, _8={"8": 0.1, "0": 0.1})  # fmt: skip
+    assert expected_grades(written, 2) == pytest.approx([(3 * 0.4 + 5 * 0.2) / 0.6, 4.0])
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        [],
+        tokens('{"answer_1":', " 3", ', "answer_2":', " 7}"),
+        tokens('{"answer_1": 3, "answer_2": ', "7", "}"),
+        tokens('{"answer_1":', " 3", "}"),
+    ],
+    ids=["no logprobs", "not of its own", "inside another", "one is missing"],
+)
+def test_a_grade_that_is_no_token_of_its_own_has_no_mean(written: list[TokenLogprob]) -> None:
+    assert expected_grades(written, 2) is None
+
+
+@pytest.mark.parametrize("form", [rubric_format(), verdicts_format(3, 5), grades_format(3)])
+def test_a_schema_is_strict_everywhere(form: dict[str, Any]) -> None:
+    def check(schema: dict[str, Any]) -> None:
+        if schema["type"] == "object":
+            assert schema["required"] == list(schema["properties"])
+            assert schema["additionalProperties"] is False
+        for inner in [*schema.get("properties", {}).values(), *([schema["items"]] if "items" in schema else [])]:
+            check(inner)
+
+    assert form["json_schema"]["strict"] is True
+    check(form["json_schema"]["schema"])

@@ -14,12 +14,12 @@ from blackbox_kd.algorithms.base import Outcome
 from blackbox_kd.algorithms.preference import PreferenceConfig
 from blackbox_kd.config import SampleConfig, load_config
 from blackbox_kd.corpus import Corpus, query
-from blackbox_kd.onpolicy import referenced
 from blackbox_kd.project import Config, Project
 from blackbox_kd.student.render import IGNORE, Rendered, Renderer
 from blackbox_kd.student.student import Student
 from blackbox_kd.teachers.scripted import ScriptedTeacherConfig
 from blackbox_kd.teachers.teacher import Teacher
+from blackbox_kd.trainee import referenced
 from blackbox_kd.types import Rollout, TrainSample
 from tests.conftest import RUN_ID
 from tests.rollouts import renderer, rollout, tools

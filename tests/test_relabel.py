@@ -18,6 +18,7 @@ from blackbox_kd.teachers.scripted import ScriptedTeacherConfig
 from blackbox_kd.teachers.teacher import Teacher
 from blackbox_kd.types import Rollout
 from tests.conftest import RUN_ID
+from tests.judges import judge
 from tests.rollouts import renderer, rollout, tools
 
 __all__ = ["renderer"]  # a fixture
@@ -104,11 +105,12 @@ def test_every_algorithm_says_what_it_needs_and_costs_and_learns_something(
     doc = importlib.import_module(config.__module__).__doc__
     for word in ("What it is:", "Needs:", "Costs:", "Loss:", "does not do"):
         assert word in doc
-    rollouts = [rollout(renderer, f"Say {i}", "x") for i in range(4)]
+    group = config().rollouts_per_prompt
+    rollouts = [rollout(renderer, f"Say {i}", "x" * draw) for i in range(4) for draw in range(1, group + 1)]
 
     async def ask() -> Outcome:
-        async with Teacher(ScriptedTeacherConfig(), corpus, RUN_ID) as teacher:
-            return await config().build(tools(teacher, renderer)).feedback(rollouts, 1)
+        async with Teacher(ScriptedTeacherConfig(), corpus, RUN_ID) as teacher, judge(corpus) as grader:
+            return await config().build(tools(teacher, renderer, judge=grader)).feedback(rollouts, 1)
 
     outcome = asyncio.run(ask())
     assert outcome.samples
@@ -116,3 +118,11 @@ def test_every_algorithm_says_what_it_needs_and_costs_and_learns_something(
         assert any(any(stream) for stream in sample.weights.values())
         assert all(len(stream) == len(sample.input_ids) for stream in sample.weights.values())
     assert IGNORE not in [i for s in outcome.samples for i in s.input_ids]
+
+
+def test_the_cheaper_rewrite_asks_about_the_worst_drafts_only(corpus: Corpus, renderer: Renderer) -> None:
+    rollouts = [rollout(renderer, f"Say {i}", "x", logprob=-float(i)) for i in range(1, 5)]
+    template = {"template": "prompts/rewrite.md.j2"}
+    outcome = feedback(corpus, renderer, rollouts, "fine", worst_fraction=0.5, **template)
+    assert (outcome.asked, outcome.failed) == (2, 0)
+    assert {said.completion_id for said in outcome.feedback} == {r.completion.completion_id for r in rollouts[2:]}

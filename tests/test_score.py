@@ -144,7 +144,7 @@ def test_every_dialect_gives_the_logprobs_of_the_model_itself(
         [s.weights["pg"][len(r.prompt_ids) :] for r, s in zip(rollouts, outcome.samples, strict=True)]
     )
     assert outcome.metrics["reverse_kl"] == pytest.approx(-weights.mean(), abs=1e-9)
-    assert 0 < outcome.metrics["captured_mass_1"] <= 1.01
+    assert 0 < outcome.metrics["captured_mass_first"] <= 1.01
 
 
 @pytest.mark.parametrize("dialect", WAY)
@@ -361,9 +361,9 @@ def test_overlap_is_with_the_students_own_likeliest(corpus: Corpus, byte_rendere
     with served(SpeakingAPI(lm, "vllm")) as api:
         found = [feedback(corpus, byte_renderer, [replace(one, top=top)], teacher_config(api)).metrics
                  for top in (same, other, None)]  # fmt: skip
-    assert 0.8 < found[0]["topk_overlap"] <= 1.0  # the label of an unlikely drawn token is one more
-    assert found[1]["topk_overlap"] == 0.0
-    assert "topk_overlap" not in found[2]
+    assert 0.8 < found[0]["overlap_top_k"] <= 1.0  # the label of an unlikely drawn token is one more
+    assert found[1]["overlap_top_k"] == 0.0
+    assert "overlap_top_k" not in found[2]
 
 
 def test_the_bound() -> None:

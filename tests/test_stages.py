@@ -262,8 +262,8 @@ def test_too_much_failed_feedback_stops_with_3(project_file: Path, capsys: pytes
 
 def test_prompts_that_were_not_sampled_come_first(project_file: Path) -> None:
     from blackbox_kd.config import load_config
-    from blackbox_kd.onpolicy import draw
     from blackbox_kd.project import Config, Project
+    from blackbox_kd.trainee import draw
 
     with Project(load_config(Config, str(project_file))) as project:
         sampled = {p.prompt_id for p in project.sampled_prompts}

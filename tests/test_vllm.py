@@ -81,8 +81,8 @@ def test_vllm_really_is_what_the_probe_says(vllm: str, tmp_path: Path, capsys: p
     assert found.pop("determinism_nats") < 1e-2
     assert found == {
         "chat": True, "top_logprobs_max": 100, "has_bytes": True, "token_ids": False, "scoring": "prompt_logprobs",
-        "prefill": "continue_final_message", "n_max": 8, "seed_honoured": True, "temperature_honoured": True,
-        "reasoning_hidden": False, "rate_headers": False,
+        "prefill": "continue_final_message", "prefill_reply": "new", "n_max": 8, "seed_honoured": True,
+        "temperature_honoured": True, "reasoning_hidden": False, "rate_headers": False,
     }, shown["details"]  # fmt: skip
 
 

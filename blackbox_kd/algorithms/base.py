@@ -42,6 +42,12 @@ class Tools(NamedTuple):
     student: StudentConfig
     lane: Lane
     """Where torch computes; an algorithm that does it elsewhere disturbs the update beside it."""
+    seed: int
+    """The project's; see `hashing.phase_seed`."""
+    judge: Teacher | None = None
+    """Who grades; never the teacher by accident."""
+    unseen: Teacher | None = None
+    """Another one, whose grades are looked at and not learnt."""
 
 
 class Algorithm(ABC):
@@ -85,6 +91,18 @@ class AlgorithmConfig(Section):
     def rollouts_per_prompt(self) -> int:
         """Samples of the student for one prompt in a round: a group, of which each member has its `draw`."""
         return 1
+
+    @property
+    def needs_judge(self) -> bool:
+        """Whether it cannot do without the section `judge`."""
+        return False
+
+    def resolve(self, can: Capabilities, prompts: int, calls: int | None) -> tuple[AlgorithmConfig, str]:
+        """The algorithm that is meant, and why: itself, but for `auto`.
+
+        `prompts` are those of all rounds, `calls` what the budget leaves for them; None where it sets no limit.
+        """
+        return self, ""
 
     def lacking(self, can: Capabilities) -> str | None:
         """What the endpoint would have to be able to do, and cannot; None where nothing is lacking."""

@@ -3,7 +3,8 @@
 What it is: DAgger (Ross et al. 2011) with whole answers as actions. `rewrite` corrects the student's own draft, so
 the target stays near what the student writes; `afresh` is the teacher's own answer to the prompts where the student
 is least sure, and is on-policy only through that selection.
-Needs: chat. Costs: one call a rollout (`afresh`: `worst_fraction` of them). Loss: `ce` on the whole target.
+Needs: chat. Costs: one call for each of the `worst_fraction` of rollouts, those that the student is least sure of: all
+of them for a rewrite, unless told otherwise, and half of them afresh. Loss: `ce` on the whole target.
 What it does not do: it does not tell the student which words of the draft were wrong.
 """
 
@@ -30,16 +31,17 @@ class RelabelConfig(AlgorithmConfig):
     """Jinja file of the question in mode rewrite; it may use {{ prompt }} and {{ draft }}."""
     examples: str | None = None
     """JSONL of example rewrites, in the shape that the template renders."""
-    worst_fraction: float = Field(0.5, gt=0, le=1)
-    """Mode afresh: the share of rollouts that is asked about, those with the lowest mean logprob. 1: all."""
+    worst_fraction: float | None = Field(None, gt=0, le=1)
+    """The share of rollouts that is asked about, those with the lowest mean logprob; null: all in mode rewrite, half of
+    them in mode afresh."""
     temperature: float = Field(1.0, ge=0)
     max_completion_length: int = Field(256, ge=1)
     """Tokens."""
 
     @property
     def calls_per_rollout(self) -> float:
-        """One, or the share that is asked about."""
-        return 1.0 if self.mode == "rewrite" else self.worst_fraction
+        """The share that is asked about."""
+        return self.worst_fraction or {"rewrite": 1.0, "afresh": 0.5}[self.mode]
 
     @property
     def reply_tokens(self) -> int:
@@ -68,7 +70,7 @@ class Relabel(Algorithm):
 
     async def feedback(self, rollouts: Sequence[Rollout], round_: int) -> Outcome:
         """One target for each rollout that is asked about."""
-        asked = list(rollouts) if self._config.mode == "rewrite" else least_sure(rollouts, self._config.worst_fraction)
+        asked = least_sure(rollouts, self._config.calls_per_rollout)
         requests = [self._request(rollout, round_) for rollout in asked]
         targets = await self._teacher.answers(requests, round_=round_, description=self._config.mode)
         feedback, samples = [], []

@@ -24,7 +24,7 @@ from blackbox_kd.algorithms.base import Algorithm, AlgorithmConfig, Outcome, Too
 from blackbox_kd.align import SoftLabels, Span
 from blackbox_kd.errors import AlignmentError
 from blackbox_kd.progress import say
-from blackbox_kd.soft_labels import learned_aligner
+from blackbox_kd.soft_labels import aligner_of
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.teachers.base import Capabilities
 from blackbox_kd.teachers.teacher import Teacher
@@ -90,6 +90,7 @@ class Score(Algorithm):
 
     def __init__(self, config: ScoreConfig, teacher: Teacher, renderer: Renderer) -> None:
         self._config, self._teacher, self._renderer = config, teacher, renderer
+        self._by = scorer(teacher.config.model, teacher.context.context_hash)
 
     async def feedback(self, rollouts: Sequence[Rollout], round_: int) -> Outcome:
         """A sample of each rollout that the teacher could score."""
@@ -113,7 +114,8 @@ class Score(Algorithm):
 
         triples = [(r.completion.text, tokens[r.completion.completion_id], r.completion_ids) for r in rollouts]
         student = student_vocab(self._renderer.tokenizer, self._renderer.end_id)
-        aligner = learned_aligner(self._teacher.corpus.vocab(self._teacher.config.model), student, triples)
+        teacher = self._teacher
+        aligner = aligner_of(teacher.corpus, student, self._renderer, teacher.config.model, self._by, triples)
         found, wrong = list[Scored](), list[str]()
         for rollout, triple in zip(rollouts, triples, strict=True):
             try:
@@ -154,11 +156,12 @@ class Score(Algorithm):
 
     def _feedback(self, scored: Scored) -> Feedback:
         """The mean logprob that the teacher gives to what the student wrote, nats a token of the teacher's."""
-        by = scorer(self._teacher.config.model, self._teacher.context.context_hash)
         inside = np.concatenate([[], *(scored.tokens.token_logprobs[span.teacher] for span in scored.spans)])
         known = inside[np.isfinite(inside)]
         value = float(known.mean()) if len(known) else None
-        return Feedback(completion_id=scored.rollout.completion.completion_id, kind="score", scorer=by, value=value)
+        return Feedback(
+            completion_id=scored.rollout.completion.completion_id, kind="score", scorer=self._by, value=value
+        )
 
 
 def with_label(labels: SoftLabels) -> np.ndarray:
@@ -189,8 +192,8 @@ def metrics(scored: Sequence[Scored]) -> dict[str, float]:
     """How far the student is from the teacher on its own tokens, and how much of that the scores show.
 
     `reverse_kl`: mean `log pi_S - log pi_T`, nats a token. `coverage`: share of tokens that are compared; `one_to_one`:
-    those alone with one of the teacher's. `topk_overlap`: share of the teacher's likeliest tokens that are among the
-    student's. `captured_mass_1` to `_3`: mass of the teacher's that is in its labels, by thirds of a text.
+    those alone with one of the teacher's. `overlap_top_k`: share of the teacher's candidates among the student's top-k.
+    `captured_mass`: of the teacher's candidates that have an image.
     """
     tokens = sum(len(each.rollout.completion_ids) for each in scored)
     sums = [(ratios[s.start], s.stop - s.start, t.stop - t.start)
@@ -199,26 +202,43 @@ def metrics(scored: Sequence[Scored]) -> dict[str, float]:
     if not known:
         return {}
     covered = sum(size for _, size, _ in known)
-    labelled = [with_label(each.labels) for each in scored]
-    mass = [
-        np.where(rows, np.exp(each.labels.logprobs).sum(1), np.nan) for each, rows in zip(scored, labelled, strict=True)
-    ]
     found = {
         "reverse_kl": -float(sum(ratio for ratio, _, _ in known)) / covered,
         "coverage": covered / tokens,
         "one_to_one": sum(s == t == 1 for _, s, t in known) / tokens,
-        "topk_overlap": _overlap(scored, labelled),
     }
-    found |= {f"captured_mass_{i}": value for i, value in enumerate(health.by_depth(mass), 1)}
-    return {name: value for name, value in found.items() if np.isfinite(value)}
+    places = [place for each in scored for place in _places(each)]
+    for name, values in {
+        "captured_mass": [(place.mass, place.depth) for place in places],
+        "overlap_top_k": [(place.overlap, place.depth) for place in places if place.overlap is not None],
+    }.items():
+        if values:
+            numbers, depths = zip(*values, strict=True)
+            found |= {name: float(np.mean(numbers))} | health.by_depth(name, numbers, depths)
+    return found
 
 
-def _overlap(scored: Sequence[Scored], labelled: Sequence[np.ndarray]) -> float:
-    """Weighted by labelled tokens; NaN where the student's likeliest were not kept."""
-    shares, counts = [], []
-    for each, rows in zip(scored, labelled, strict=True):
-        if each.rollout.top is not None and rows.any():
-            own = TopK(each.rollout.top.ids[rows], each.rollout.top.logprobs[rows])
-            shares.append(health.overlap(TopK(each.labels.ids[rows], each.labels.logprobs[rows]), own))
-            counts.append(int(rows.sum()))
-    return float(np.average(shares, weights=counts)) if shares else float("nan")
+class _Place(NamedTuple):
+    """A token that has a label."""
+
+    depth: float
+    """0 at the start of its text, near 1 at its end."""
+    mass: float
+    overlap: float | None
+    """None where the student's likeliest were not kept."""
+
+
+def _places(scored: Scored) -> list[_Place]:
+    own, labels = scored.rollout.top, scored.labels
+    return [
+        _Place(
+            depth=i / len(labels.ids),
+            mass=float(np.exp(labels.logprobs[i]).sum()),
+            overlap=health.overlap(_row(labels, i), _row(own, i)) if own is not None else None,
+        )
+        for i in np.flatnonzero(with_label(labels)).tolist()
+    ]
+
+
+def _row(top: TopK | SoftLabels, i: int) -> TopK:
+    return TopK(top.ids[i : i + 1], top.logprobs[i : i + 1])

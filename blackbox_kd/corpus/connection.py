@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +29,10 @@ SAY_HELD_S = 5.0
 SAY_AGAIN_S = 60.0
 """... and again."""
 
+_one_at_a_time = threading.Lock()
+"""Connections of a process to one file share an instance. A thread that comes while another makes or drops it finds
+half of it: a file handle conflict, or no `python_arrow_scan`."""
+
 NEW_FILE_BYTES = 12288
 """A DuckDB file has three headers of 4 kB; a smaller one is being made, or is none."""
 NEW_FILE_S = 1.0
@@ -48,7 +53,8 @@ def connect(path: Path, *, read_only: bool, wait_s: float) -> Iterator[duckdb.Du
     except duckdb.Error as error:
         raise CorpusError(f"{path}: {_one_line(error)}") from error
     finally:
-        con.close()
+        with _one_at_a_time:
+            con.close()
 
 
 def query(path: Path, sql: str, *, wait_s: float = READ_WAIT_S) -> tuple[list[str], list[tuple[Any, ...]]]:
@@ -148,12 +154,17 @@ def _open(path: Path, *, read_only: bool, wait_s: float) -> duckdb.DuckDBPyConne
         reraise=True,
     )
     try:
-        return retrying(duckdb.connect, str(path), read_only=read_only)
+        return retrying(_connect, path, read_only)
     except duckdb.Error as error:
         if not _is_locked(error):
             raise CorpusError(f"cannot open {path}: {_one_line(error)}") from error
         waited = f" for over {wait_s:.0f} s" if wait_s >= 1 and not wanted else ""
         raise CorpusBusy(f"{_held(path, error)}{waited}; close it there") from error
+
+
+def _connect(path: Path, read_only: bool) -> duckdb.DuckDBPyConnection:
+    with _one_at_a_time:
+        return duckdb.connect(str(path), read_only=read_only)
 
 
 def _held(path: Path, error: BaseException) -> str:
@@ -179,8 +190,8 @@ def _say_waiting(path: Path) -> Callable[[tenacity.RetryCallState], None]:
 
 
 def _is_locked(error: BaseException) -> bool:
-    text = str(error)
-    return "Could not set lock" in text or "different configuration" in text
+    """By another process, or by another thread of ours that has it open in the other way."""
+    return any(sign in str(error) for sign in ("Could not set lock", "different configuration"))
 
 
 def _is_being_made(path: Path, error: BaseException) -> bool:

@@ -52,17 +52,22 @@ def insert_table(
 
     INSERT OR IGNORE takes quadratic time where a table has two unique keys (16,000 rows: 78 s), hence the anti-join.
     """
-    con.register("batch", batch)
-    if replace:
-        con.execute(f"INSERT OR REPLACE INTO {table} BY NAME SELECT * FROM batch")
-    else:
-        same = " AND ".join(f"known.{key} = batch.{key}{cast}" for key, cast in KEYS[table].items())
-        con.execute(
-            f"""INSERT INTO {table} BY NAME SELECT * FROM batch
-                WHERE NOT EXISTS (FROM {table} AS known WHERE {same}) {only_with}
-                QUALIFY row_number() OVER (PARTITION BY {", ".join(KEYS[table])}) = 1"""
-        )
+    con.register("batch", batch if replace else batch.take(_new(con, table, batch, only_with)))
+    con.execute(f"INSERT {'OR REPLACE' if replace else ''} INTO {table} BY NAME SELECT * FROM batch")
     con.unregister("batch")
+
+
+def _new(con: duckdb.DuckDBPyConnection, table: str, batch: pa.Table, only_with: str) -> pa.Array:
+    """Places of the rows to insert. They are found by their keys alone: rows are wide."""
+    con.register("batch", batch.select([*KEYS[table]]).append_column("place", pa.array(range(len(batch)))))
+    same = " AND ".join(f"known.{key} = batch.{key}{cast}" for key, cast in KEYS[table].items())
+    places = con.execute(
+        f"""SELECT min(place) FROM batch
+            WHERE NOT EXISTS (FROM {table} AS known WHERE {same}) {only_with}
+            GROUP BY {", ".join(KEYS[table])}"""
+    ).fetchall()
+    con.unregister("batch")
+    return pa.array(sorted(place for (place,) in places), pa.int64())
 
 
 def ingest(

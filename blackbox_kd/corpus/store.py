@@ -161,6 +161,11 @@ class Corpus:
         with self.connect() as con:
             return scored.tokens(con, completion_ids, scorer)
 
+    def whole_scored(self, scorer: str, limit: int) -> list[tuple[str, str]]:
+        """(completion_id, text), by completion_id: whole answers of `sample` that have alternatives by `scorer`."""
+        with self.connect() as con:
+            return scored.whole(con, scorer, limit)
+
     def vocab(self, model: str) -> dict[int, VocabToken]:
         """All tokens of a model that were ever seen."""
         with self.connect() as con:
@@ -222,6 +227,17 @@ class Corpus:
         now = timestamp(time.time())
         with self.connect() as con:
             insert(con, "metrics", [{**row, "logged_at": now} for row in rows], replace=True)
+
+    def metrics_by_round(self, run_id: str, stage: str, names: Sequence[str]) -> dict[int, dict[str, float]]:
+        """round -> name -> value of metrics that a round has once."""
+        found: dict[int, dict[str, float]] = {}
+        for round_, name, value in self.rows(
+            """SELECT round, name, value FROM metrics
+               WHERE run_id = ?::UUID AND stage = ? AND step = 0 AND name IN (SELECT unnest(?::VARCHAR[]))""",
+            [run_id, stage, list(names)],
+        ):
+            found.setdefault(round_, {})[name] = value
+        return found
 
     def set_capabilities(self, model: str, base_url: str, found: Mapping[str, tuple[Any, str]], *, run_id: str) -> None:
         """What a model at an address can do (name -> value and detail), in place of what was found before."""

@@ -61,17 +61,6 @@ def pair_numbers(samples: Sequence[TrainSample]) -> torch.Tensor:
     return torch.tensor([number.get(s.pair_id or "", -1) for s in samples])
 
 
-def weightless(sample: TrainSample) -> TrainSample:
-    """The same tokens, and nothing to learn from them."""
-    zeros = [0.0] * len(sample.input_ids)
-    return TrainSample(
-        sample_id=sample.sample_id,
-        input_ids=sample.input_ids,
-        weights=dict.fromkeys(sample.weights, zeros),
-        pair_id=sample.pair_id,
-    )
-
-
 def stream(streams: Mapping[str, list[float]], name: str, size: int) -> list[float]:
     """One number a token; zeros where a sample has no such stream."""
     return streams.get(name) or [0.0] * size

@@ -6,12 +6,9 @@ know. So loss, columns and collator are ours; everything else of a training run 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each trainer that is built; nobody asked for it
 
 import datasets
 import numpy as np
@@ -27,7 +24,7 @@ from blackbox_kd.losses import cross_entropy, mix, topk_kl
 from blackbox_kd.student.render import IGNORE, Rendered
 from blackbox_kd.student.student import first_kept, logits_from
 
-__all__ = ["DistillationTrainer", "SoftCollator", "TrlConfig", "check_soft", "dataset"]
+__all__ = ["DistillationTrainer", "SoftCollator", "TrlConfig", "Unreported", "check_soft", "dataset"]
 
 TEACHER_COLUMNS = ("teacher_ids", "teacher_logprobs")
 """S * K numbers a row, for its S supervised tokens."""
@@ -89,7 +86,15 @@ class SoftCollator(DataCollatorForLanguageModeling):  # type: ignore[misc]
         return batch
 
 
-class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
+class Unreported:
+    """TRL reports each trainer that is built, and nobody asked for it. An environment variable would do where this is
+    the first to import huggingface_hub, which it is not."""
+
+    def _send_telemetry(self) -> None:
+        return
+
+
+class DistillationTrainer(Unreported, SFTTrainer):  # type: ignore[misc]
     """SFTTrainer whose rows may carry soft labels, and whose `eval_loss` is a mean over tokens, not over batches.
 
     loss = 1/N sum_t [ hard_t NLL_t + (1 - alpha) soft_t D_beta(teacher_t || student_t) ], with N supervised tokens in

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from blackbox_kd.config import UpdateConfig
 from blackbox_kd.errors import TrainingError
+from blackbox_kd.hashing import file_hash
 from blackbox_kd.progress import counting
 from blackbox_kd.student.components import COMPONENTS, Rows
-from blackbox_kd.student.samples import Unit, batches, check, pad, pair_numbers, stream, tensors, units, weightless
+from blackbox_kd.student.ranks import Ranks
+from blackbox_kd.student.samples import Unit, batches, check, pad, pair_numbers, stream, tensors, units
 from blackbox_kd.student.student import Student, first_kept, logits_from, seeded
 from blackbox_kd.types import TrainSample
 
 
 class Updater:
-    """AdamW on the adapter of a student, through accelerate (one process, several GPUs, FSDP, DeepSpeed)."""
+    """AdamW on the adapter of a student, in one process or in several that share each step (`ranks`)."""
 
     def __init__(
         self,
@@ -29,15 +29,19 @@ class Updater:
         config: UpdateConfig,
         state: Path | None = None,
         losses: Mapping[str, Mapping[str, Any]] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """`state` is what an earlier `save` wrote, None starts afresh; `losses` are options of components by name."""
-        self.student, self.config, self.losses = student, config, losses or {}
-        self.accelerator = Accelerator(cpu=student.device.type == "cpu")
-        parameters = [p for p in student.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        """`state` is what an earlier `save` wrote, None starts afresh; `losses` are options of components by name.
+
+        Raises:
+            AlignmentError: the ranks do not start from the same.
+        """
+        self.student, self.config, self.losses, self.ranks = student, config, losses or {}, ranks or Ranks()
+        self.ranks.agree("the policy that they start from", (student.policy, state and file_hash(state)))
+        self.parameters = [p for p in student.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
         if state is not None:
-            optimizer.load_state_dict(torch.load(state, map_location=student.device, weights_only=True))
-        self.model, self.optimizer = self.accelerator.prepare(student.model, optimizer)
+            self.optimizer.load_state_dict(torch.load(state, map_location=student.device, weights_only=True))
 
     def save(self, path: Path) -> None:
         """The optimiser's state."""
@@ -56,15 +60,15 @@ class Updater:
         """
         check(samples)
         steps = batches(samples, self.config.batch_size, self._max_steps(len(units(samples))), seed)
-        self.model.train()
-        with counting("updating", len(steps)) as progress, seeded(seed, self.student.device):
+        self.student.model.train()
+        with counting("updating", len(steps)) as progress, seeded(seed + self.ranks.rank, self.student.device):
             metrics = []
             for step in steps:
                 metrics.append(self._step(step))
                 progress.advance(note=f"loss {metrics[-1]['loss']:.3f}")
                 if after_step:
                     after_step(len(metrics))
-        self.model.eval()
+        self.student.model.eval()
         return metrics
 
     def _max_steps(self, count: int) -> int:
@@ -75,18 +79,15 @@ class Updater:
         samples = [sample for unit in step for sample in unit]
         names = sorted({name for sample in samples for name in sample.weights})
         normalizers = {name: COMPONENTS[name].normalizer(samples, name) for name in names}
-        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        parts = list(self._micro_batches(step[rank::ranks], step[0]))
         metrics: dict[str, float] = {}
-        for i, part in enumerate(parts):
-            last = i == len(parts) - 1  # the ranks meet once, however many micro-batches each of them has
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss, found = self._loss(part, normalizers)
-                self.accelerator.backward(loss * ranks)  # data parallelism averages gradients, our loss is a sum
+        for part in self._micro_batches(step[self.ranks.rank :: self.ranks.size]):
+            loss, found = self._loss(part, normalizers)
+            loss.backward()  # type: ignore[no-untyped-call]
             for key, value in found.items():
                 metrics[key] = metrics.get(key, 0.0) + value
-        metrics = self._over_ranks(metrics)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        metrics = self.ranks.add_up(metrics)
+        self.ranks.add_up_gradients(self.parameters)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         if not math.isfinite(metrics["loss"]) or not math.isfinite(float(norm)):
             raise TrainingError(
                 f"loss {metrics['loss']} with gradient norm {float(norm)}: lower onpolicy.learning_rate"
@@ -95,25 +96,18 @@ class Updater:
         self.optimizer.zero_grad()
         return metrics | {"grad_norm": float(norm)} | {f"{n}_count": float(normalizers[n]) for n in names}
 
-    def _micro_batches(self, mine: list[Unit], spare: Unit) -> Iterable[list[TrainSample]]:
-        """At least one: a rank without a unit of its own takes part with one that weighs nothing."""
+    def _micro_batches(self, mine: list[Unit]) -> Iterable[list[TrainSample]]:
+        """None where a rank has no unit of its own."""
         size = self.config.micro_batch_size
         for start in range(0, len(mine), size):
             yield [sample for unit in mine[start : start + size] for sample in unit]
-        if not mine:
-            yield [weightless(sample) for sample in spare]
-
-    def _over_ranks(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Sums; all ranks have the same names, since all have the same normalisers."""
-        values = torch.tensor([metrics[key] for key in sorted(metrics)], device=self.accelerator.device)
-        return dict(zip(sorted(metrics), self.accelerator.reduce(values, reduction="sum").tolist(), strict=True))
 
     def _loss(self, samples: list[TrainSample], normalizers: dict[str, int]) -> tuple[torch.Tensor, dict[str, float]]:
         input_ids, mask = self.student.pad([s.input_ids for s in samples], "right")
         weights = {n: pad(stream(s.weights, n, len(s.input_ids)) for s in samples) for n in normalizers}
         first = first_kept(torch.stack([w != 0 for w in weights.values()]).any(0))
-        first = min(first, input_ids.shape[1] - 1)  # of weightless samples: one row that nothing is learnt from
-        logits_BTV = logits_from(self.model, input_ids, mask, first)
+        first = min(first, input_ids.shape[1] - 1)  # without any weight: one row that nothing is learnt from
+        logits_BTV = logits_from(self.student.model, input_ids, mask, first)
         ids, logprobs, old, ref = (each[:, first:].to(self.student.device) for each in tensors(samples))
         pairs = pair_numbers(samples).to(self.student.device)
         total = logits_BTV[:, :1, :1].float().sum() * 0.0

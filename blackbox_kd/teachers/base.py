@@ -21,7 +21,10 @@ Scoring = Literal["prompt_logprobs", "echo", "generate", "forced", "none"]
 """How given tokens are scored: in one call of any of three kinds, or one call a token (`logit_bias`): see `ways`."""
 
 Prefill = Literal["assistant_last", "continue_final_message", "prefix", "none"]
-"""What makes an endpoint continue an assistant's text: see `probe.PREFILLS`."""
+"""What makes an endpoint continue an assistant's text: see `prefill.PREFILLS`."""
+
+PrefillReply = Literal["whole", "new", "stripped"]
+"""The given text and what is new; what is new; the same without the whitespace that it begins with."""
 
 
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -36,6 +39,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Tokens come with the endpoint's own ids."""
     scoring: Scoring = "none"
     prefill: Prefill = "none"
+    prefill_reply: PrefillReply = "new"
+    """What the text of a reply holds where an assistant's text was continued."""
     n_max: int = 1
     """Different answers that it was seen to give in one reply."""
     seed_honoured: bool = False

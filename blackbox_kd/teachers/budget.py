@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import Field
@@ -93,10 +93,23 @@ def worst_case(body: dict[str, Any]) -> Usage:
     return Usage(prompt_tokens=prompt_bound(body), completion_tokens=bound)
 
 
-class Budget:
-    """What one run may still spend, over all its starts."""
+@dataclass(slots=True)
+class _Purse:
+    """What the endpoints of a run spend together."""
 
-    def __init__(self, caps: BudgetConfig, price: PriceConfig | None) -> None:
+    spent: Amount = Amount()
+    reserved: Amount = Amount()
+    under_way: Amount = Amount()
+    is_counted: bool = False
+    """Whether the history is in it."""
+    prices: list[PriceConfig | None] = field(default_factory=list)
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Budget:
+    """What one run may still spend, over all its starts, as one of its endpoints sees it."""
+
+    def __init__(self, caps: BudgetConfig, price: PriceConfig | None, *, purse: _Purse | None = None) -> None:
         """Raises:
         ConfigError: a cap in dollars, and nobody knows the price.
         """
@@ -105,11 +118,48 @@ class Budget:
                 "budget.max_usd: the price of this model is not known; set teacher.price: {input: .., output: ..} "
                 "in dollars per million tokens, or cap tokens or requests"
             )
-        self.caps, self.price = caps, price
-        self.spent, self.reserved = Amount(), Amount()
-        self.under_way = Amount()
+        self.caps, self.price, self._purse = caps, price, purse or _Purse()
+        self._purse.prices.append(price)
+
+    def beside(self, price: PriceConfig | None) -> Budget:
+        """That of another endpoint of the run, under the same caps: what either spends is spent for both.
+
+        Raises:
+            ConfigError: as the constructor.
+        """
+        return Budget(self.caps, price, purse=self._purse)
+
+    @property
+    def spent(self) -> Amount:
+        """Of all endpoints."""
+        return self._purse.spent
+
+    @spent.setter
+    def spent(self, value: Amount) -> None:
+        self._purse.spent = value
+
+    @property
+    def reserved(self) -> Amount:
+        """The worst case of what is in flight."""
+        return self._purse.reserved
+
+    @reserved.setter
+    def reserved(self, value: Amount) -> None:
+        self._purse.reserved = value
+
+    @property
+    def under_way(self) -> Amount:
         """The worst case of what is in batches."""
-        self._settled = asyncio.Event()
+        return self._purse.under_way
+
+    @under_way.setter
+    def under_way(self, value: Amount) -> None:
+        self._purse.under_way = value
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether what earlier starts were billed is known."""
+        return self._purse.is_counted
 
     def amount(self, usage: Usage) -> Amount:
         """Of one call."""
@@ -122,11 +172,16 @@ class Budget:
         Raises:
             ConfigError: see `worst_case`.
         """
-        self.under_way = Amount()
-        unpriced = self.amount(billed.unpriced)
+        self.under_way, self._purse.is_counted = Amount(), True
+        unpriced = self._at_most(billed.unpriced)
         self.spent = Amount(billed.cost_usd + unpriced.usd, billed.tokens, billed.calls)
         for body in billed.uncertain:
-            self.spent += self.amount(worst_case(body))
+            self.spent += self._at_most(worst_case(body))
+
+    def _at_most(self, usage: Usage) -> Amount:
+        """Of a call to whichever endpoint of the run: at the highest price."""
+        usd = max(price.cost(usage) if price else 0.0 for price in self._purse.prices)
+        return Amount(usd, usage.prompt_tokens + usage.completion_tokens, 1)
 
     async def reserve(self, body: dict[str, Any], stopped: Callable[[], bool]) -> Amount:
         """Set the worst case of a call aside, as soon as what is in flight leaves room for it.
@@ -142,8 +197,8 @@ class Budget:
         while not stopped() and (over := self._over(self.spent + self.under_way + self.reserved + worst)):
             if not self.reserved.requests:
                 raise self._exhausted(over)
-            self._settled.clear()
-            await self._settled.wait()
+            self._purse.settled.clear()
+            await self._purse.settled.wait()
         if stopped():
             raise Stopped
         self.reserved += worst
@@ -186,7 +241,7 @@ class Budget:
 
     def wake(self) -> None:
         """Let those who wait for room look again."""
-        self._settled.set()
+        self._purse.settled.set()
 
     def _billed(self, attempt: Attempt, worst: Amount) -> Amount:
         if attempt.billed is False:

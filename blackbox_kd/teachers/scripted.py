@@ -27,10 +27,11 @@ class ScriptedTeacherConfig(TeacherConfig):
 
     provider: Literal["scripted"] = "scripted"
     model: str = "scripted"
+    capabilities: dict[str, Any] = {
+        "prefill": "assistant_last", "scoring": "prompt_logprobs", "top_logprobs_max": 1, "has_bytes": True,
+    }  # fmt: skip
     reply: str = "You said: {{ text }}"
     """Jinja text; {{ text }} is the last message, {{ messages }} all of them."""
-    capabilities: dict[str, Any] = {"scoring": "prompt_logprobs", "top_logprobs_max": 1}
-    """Known without a probe."""
 
     def check(self) -> None:
         """The template compiles and uses only what there is."""
@@ -77,18 +78,19 @@ class ScriptedTransport:
         self.bodies.append(body)
         text = self._script(body)
         words = _words(text)
+        shown = words[: body.get("max_tokens")]
         choice: dict[str, Any] = {
             "index": 0,
-            "message": {"role": "assistant", "content": text},
-            "finish_reason": "stop",
+            "message": {"role": "assistant", "content": "".join(shown)},
+            "finish_reason": "stop" if shown == words else "length",
         }
         if body.get("logprobs"):
-            choice["logprobs"] = {"content": [_token(word) for word in words]}
+            choice["logprobs"] = {"content": [_token(word) for word in shown]}
         prompt_tokens = sum(len(message["content"].split()) for message in body["messages"])
         reply = {
             "model": body["model"],
             "choices": [choice],
-            "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": len(words)},
+            "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": len(shown)},
         }
         if "prompt_logprobs" in body:
             given = [*_words(body["messages"][-1]["content"]), END]
@@ -97,7 +99,7 @@ class ScriptedTransport:
 
 
 def _words(text: str) -> list[str]:
-    return [word if i == 0 else f" {word}" for i, word in enumerate(text.split(" "))]
+    return [word if i == 0 else f" {word}" for i, word in enumerate(text.split(" ")) if i or word or not text]
 
 
 def _token(word: str) -> dict[str, Any]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from blackbox_kd.config import SampleConfig
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.prompts import PrivateContext
-from blackbox_kd.teachers.base import Capabilities, TeacherConfig
-from blackbox_kd.teachers.budget import BudgetConfig
+from blackbox_kd.teachers.base import Capabilities, Prefill, TeacherConfig
+from blackbox_kd.teachers.budget import Budget, BudgetConfig
 from blackbox_kd.teachers.engine import Engine
+from blackbox_kd.teachers.prefill import turn
 from blackbox_kd.teachers.probe import capabilities
 from blackbox_kd.teachers.scoring import Scorer
 from blackbox_kd.teachers.wire import chat_body
-from blackbox_kd.types import Completion, Message, Prompt, Purpose, Request, SamplingParams, TeacherTokens
+from blackbox_kd.types import Author, Completion, Message, Prompt, Purpose, Request, SamplingParams, TeacherTokens
 
 Ask = Callable[..., AsyncIterator[Completion]]
 """`complete(requests, description=...)`."""
@@ -42,21 +44,31 @@ class Questions:
         messages: list[Message] | None = None,
         context: PrivateContext | None = None,
         completion_id: str | None = None,
+        given: str | None = None,
+        form: Prefill = "none",
+        parameters: Mapping[str, Any] | None = None,
     ) -> Request:
         """A question about a prompt.
 
         `messages` replaces the prompt's own (a rewrite shows a draft), `context` the teacher's private part;
-        `completion_id` names the student's text that it is about. At temperature 0 there is only draw 0.
+        `completion_id` names the student's text that it is about. `given` is the beginning of that text, which the
+        teacher is to go on with, by the prefill `form` of its capabilities. `parameters` are added to the body, unless
+        the endpoint does not accept them (`omit_params`). At temperature 0 there is only draw 0.
         """
         context = context or self.context
         sample_idx = sample_idx if sampling.temperature > 0 else 0
+        asked, more = context.wrap(messages or prompt.messages), dict[str, Any]()
+        if given is not None:
+            message, more = turn(given, form)
+            asked = [*asked, message]
         return Request(
             purpose=purpose,
             prompt_id=prompt.prompt_id,
-            body=chat_body(self.config, context.wrap(messages or prompt.messages), sampling, sample_idx),
+            body=chat_body(self.config, asked, sampling, sample_idx, parameters) | more,
             sample_idx=sample_idx,
             context_hash=context.context_hash,
             completion_id=completion_id,
+            cut_byte=None if given is None else len(given.encode()),
         )
 
 
@@ -70,14 +82,16 @@ class Teacher(Questions):
         run_id: str,
         *,
         sample: SampleConfig | None = None,
+        author: Author = "teacher",
         caps: BudgetConfig | None = None,
         run_dir: Path | None = None,
+        beside: Budget | None = None,
     ) -> None:
-        """`sample`: see `Questions`; `run_dir` is shown by `status`."""
+        """`sample`: see `Questions`; `author`: of its answers; `run_dir`: shown by `status`; `beside`: see `Engine`."""
         config.check()
         super().__init__(config, sample)
         self.corpus, self.run_id = corpus, run_id
-        self.engine = Engine(config, corpus, run_id, caps=caps, run_dir=run_dir)
+        self.engine = Engine(config, corpus, run_id, author, caps=caps, run_dir=run_dir, beside=beside)
         self._scorer: Scorer | None = None
 
     @property

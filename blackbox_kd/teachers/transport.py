@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # half a second, and only needed once there is something to a
     import openai
 
 
+READ_BYTES = 1 << 20
+"""Of a reply at once; a longer one is read with pauses (300 tokens with top-20 are half as much)."""
 SECRET_CHARS = 8
 """Keys are longer."""
 
@@ -85,6 +87,8 @@ async def open_fast(
         headers=sent,
         connector=aiohttp.TCPConnector(limit=concurrency),
         timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=30),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        read_bufsize=READ_BYTES,
         proxy=proxy,
         proxy_auth=proxy_auth,
     ) as session:

@@ -1,0 +1,61 @@
+"""What docs/algorithms.md says of adding an algorithm is all that it takes, from outside the package."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from blackbox_kd.corpus import query
+
+DOC = (Path(__file__).parent.parent / "docs" / "algorithms.md").read_text("utf-8")
+
+
+def fenced(language: str, text: str) -> str:
+    found = re.search(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    assert found
+    return found.group(1)
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A folder with the module of the documentation, as a package manager would have put it there."""
+    folder = tmp_path / "site"
+    metadata = folder / "longest-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (folder / "longest.py").write_text(fenced("python", DOC))
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: longest\nVersion: 1.0\n")
+    entry = re.search(r'"(.*?)"\]\n(.*)', fenced("toml", DOC))
+    assert entry
+    (metadata / "entry_points.txt").write_text(f"[{entry.group(1)}]\n{entry.group(2).replace(chr(34), '')}\n")
+    return folder
+
+
+def test_it_takes_at_most_30_lines() -> None:
+    assert sum(bool(line.strip()) for line in fenced("python", DOC).splitlines()) <= 30
+
+
+def test_an_algorithm_from_outside_runs_the_whole_loop(project_file: Path, installed: Path) -> None:
+    command = [sys.executable, "-m", "blackbox_kd", "run", "--config", str(project_file)]
+    command += ["--onpolicy.algorithm", "{name: longest, share: 0.7}"]
+    path = os.pathsep.join([str(installed), str(Path(__file__).parent.parent)])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    corpus = project_file.parent / "run" / "corpus.duckdb"
+    learnt = "select round, value from metrics where name = 'ce_count' and stage = 'onpolicy' order by all"
+    assert {round_ for round_, value in query(corpus, learnt)[1] if value > 0} == {1, 2}
+    asked = query(corpus, "select count(*) from requests where purpose = 'sample'")[1]
+    assert asked == [(6 + 4,)]  # by `sample`, then two of three fresh prompts in each round
+
+
+def test_an_option_that_it_does_not_have_is_refused(project_file: Path, installed: Path) -> None:
+    command = [sys.executable, "-m", "blackbox_kd", "onpolicy", "--config", str(project_file)]
+    command += ["--onpolicy.algorithm", "{name: longest, shar: 0.7}"]
+    path = os.pathsep.join([str(installed), str(Path(__file__).parent.parent)])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "did you mean 'onpolicy.algorithm.share'" in done.stderr

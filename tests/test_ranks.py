@@ -1,0 +1,76 @@
+"""Two processes share the update: what they learn is what one alone would have, and only the first does the rest."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from blackbox_kd.__main__ import main
+from blackbox_kd.corpus import query
+
+PREFERENCE = ["--onpolicy.algorithm", "{name: preference, rejected: fresh}"]
+LONELY = ["--onpolicy.update.batch_size", "1"]
+"""Every step has one sample, so the second rank has none."""
+
+
+def launch(project: Path, run: Path, *flags: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    command += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_port", "0", "-m", "blackbox_kd.onpolicy", "--config", str(project)]
+    command += ["--run_dir", str(run), *flags]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
+
+
+@pytest.fixture
+def trained(project_file: Path) -> Path:
+    for stage in ("sample", "sft"):
+        assert main([stage, "--config", str(project_file)]) == 0
+    return project_file
+
+
+def metrics(run: Path) -> dict[tuple[object, ...], float]:
+    rows = query(run / "corpus.duckdb", "select round, step, name, value from metrics where stage = 'onpolicy'")[1]
+    return {tuple(row[:3]): float(row[3]) for row in rows}
+
+
+@pytest.mark.parametrize("flags", [[], PREFERENCE, LONELY], ids=["relabel", "preference", "one sample a step"])
+def test_two_processes_learn_what_one_does(trained: Path, flags: list[str]) -> None:
+    one, two = trained.parent / "run", trained.parent / "two"
+    shutil.copytree(one, two)
+    assert main(["onpolicy", "--config", str(trained), *flags]) == 0
+    done = launch(trained, two, *flags)
+    assert done.returncode == 0, done.stderr
+    for round_ in ("round-1", "round-2"):
+        ours, theirs = (load_file(run / "checkpoints" / round_ / "adapter_model.safetensors") for run in (one, two))
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=0)
+    alone, shared = metrics(one), metrics(two)
+    assert alone.keys() == shared.keys()
+    assert [shared[key] for key in alone] == pytest.approx(list(alone.values()), rel=1e-3, abs=1e-4)
+    asked = "select count(*), count(distinct request_key) from attempts"
+    assert query(one / "corpus.duckdb", asked) == query(two / "corpus.duckdb", asked)  # rank 1 asked nobody
+
+
+def test_the_others_end_with_the_first(trained: Path) -> None:
+    silent = ["--teacher.reply", "' '"]
+    done = launch(trained, trained.parent / "run", *silent)
+    assert done.returncode != 0
+    assert "3 of 3 replies could not be used" in done.stderr
+    assert done.stderr.count("Traceback (most recent call last)") <= 1  # the launcher's own
+
+
+def test_a_stage_for_one_process_says_so(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["sft", "--config", str(trained)]) == 2
+    assert "sft runs in one process" in capsys.readouterr().err
