@@ -86,6 +86,6 @@ def known(path: Path, keys: Sequence[str]) -> tuple[set[str], set[str]]:
                     [list(keys)],
                 ).fetchall()
             }
-            for table in ("completions", "dead_letters")
+            for table in ("answered", "dead_letters")
         )
     return answered, dead - answered
