@@ -19,9 +19,10 @@ AUTO = ["--onpolicy.algorithm", "{name: auto, max_completion_length: 16}"]
 @pytest.mark.parametrize(
     ("can", "chosen", "said"),
     [
-        ({"prefill": "prefix", "top_logprobs_max": 20}, "forks", "forks; runner-up prefix"),
-        ({"prefill": "prefix"}, "prefix", "prefix; runner-up relabel; not forks ("),
-        ({"n_max": 2}, "relabel", "relabel; runner-up preference; not forks ("),
+        ({"scoring": "echo", "n_max": 2}, "score", "score; runner-up relabel; not forks ("),
+        ({"prefill": "prefix", "top_logprobs_max": 20}, "forks", "forks; runner-up prefix; not score ("),
+        ({"prefill": "prefix"}, "prefix", "prefix; runner-up relabel; not score ("),
+        ({"n_max": 2}, "relabel", "relabel; runner-up preference; not score ("),
     ],
 )
 def test_the_strongest_that_the_endpoint_serves(can: dict[str, Any], chosen: str, said: str) -> None:
@@ -65,6 +66,6 @@ def test_plan_counts_what_it_would_choose(project_file: Path, capsys: pytest.Cap
     for flags, chosen, questions in ((able, "forks", 2 * 3 * 4), ([*able, "--max-requests", "32"], "prefix", 2 * 3)):
         assert main(["plan", "--config", str(project_file), *AUTO, *flags[:2], "--json", *flags[2:]]) == 0
         found = json.loads(capsys.readouterr().out)
-        assert found["algorithm"].startswith(chosen)
+        assert found["algorithm"].startswith(f"{chosen}; ")
         (stage,) = (stage for stage in found["stages"] if stage["stage"] == "onpolicy")
         assert stage["questions"] == questions

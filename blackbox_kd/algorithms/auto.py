@@ -1,9 +1,9 @@
 """`auto`: the strongest algorithm that the endpoint can serve and the budget can pay for.
 
 What it is: a choice, made once before the first round. Needs: what `probe` found; `onpolicy` and `run` probe where
-nobody has. The order is that of how much the teacher says about each token of the student's own sample: its next tokens
-where the student is least sure (`forks`), its continuation of the student's text (`prefix`), its correction of the
-whole (`relabel`); `preference` asks nothing where `sample` has asked already.
+nobody has. The order is that of how much the teacher says about each token of the student's own sample: its
+log-probability (`score`), its next tokens where the student is least sure (`forks`), its continuation of the student's
+text (`prefix`), its correction of the whole (`relabel`); `preference` asks nothing where `sample` has asked already.
 What it does not do: it measures nothing, so it does not know what is best for a task. `reward` and `gad` are never
 chosen: the one needs a judge that is worth believing, the other many rounds.
 """
@@ -19,6 +19,7 @@ from blackbox_kd.algorithms.forks import ForksConfig
 from blackbox_kd.algorithms.preference import PreferenceConfig
 from blackbox_kd.algorithms.prefix import PrefixConfig
 from blackbox_kd.algorithms.relabel import RelabelConfig
+from blackbox_kd.algorithms.score import ScoreConfig
 from blackbox_kd.teachers.base import Capabilities
 
 
@@ -34,6 +35,7 @@ class AutoConfig(AlgorithmConfig):
         """What it chooses from."""
         length = self.max_completion_length
         return [
+            ScoreConfig(),
             ForksConfig(),
             PrefixConfig(max_completion_length=length),
             RelabelConfig(max_completion_length=length),
