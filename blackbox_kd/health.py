@@ -29,7 +29,7 @@ def entropy(top: TopK) -> np.ndarray:
 
     Never above the whole distribution's: merging outcomes loses entropy.
     """
-    p_SK = np.exp(top.logprobs)
+    p_SK = np.exp(top.logprobs.astype(np.float64))
     rest_S = np.clip(1.0 - p_SK.sum(1), 0.0, 1.0)
     outcomes = np.concatenate([p_SK, rest_S[:, None]], axis=1)
     found: np.ndarray = -np.where(outcomes > 0, outcomes * np.log(np.maximum(outcomes, 1e-300)), 0.0).sum(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from blackbox_kd.health import SMALLEST, by_depth, least_kl
+from blackbox_kd.health import SMALLEST, by_depth, entropy, least_kl
 from blackbox_kd.types import TopK
 
 
@@ -32,6 +32,14 @@ def test_the_kl_that_two_top_k_allow_is_never_above_the_true_one(sharpness: floa
     assert least_kl(top(p, 30), top(q, 30)) == pytest.approx(true)
     assert least_kl(top(p, 5), top(q, 30)) == pytest.approx(bucketed(p, q, 5))  # as the loss that is trained
     assert least_kl(top(p, 20), top(p, 20)) == pytest.approx(0, abs=SMALLEST)
+
+
+def test_entropy_is_exact_also_for_a_student_that_is_sure() -> None:
+    """In float32, as a student hands it over: warnings are errors."""
+    p = np.array([[1.0, 0.0], [0.5, 0.25]], np.float32)
+    with np.errstate(divide="ignore"):
+        found = entropy(TopK(np.zeros((2, 2), int), np.log(p)))
+    assert found == pytest.approx([0.0, -0.5 * np.log(0.5) - 0.5 * np.log(0.25)])
 
 
 def bucketed(p: np.ndarray, q: np.ndarray, k: int) -> np.ndarray:

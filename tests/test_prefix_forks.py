@@ -82,7 +82,8 @@ def feedback(
 def test_a_draft_is_cut_between_words_and_not_behind_a_space(
     renderer: Renderer, vocab: StudentVocab, text: str, cut: list[str]
 ) -> None:
-    found = [place.text for place in places(drafted(renderer, text), vocab)]
+    start, *found = [place.text for place in places(drafted(renderer, text), vocab)]
+    assert start == ""
     assert [t for t in found if t != text] == [t for t in cut if t != text]
     assert found[-1:] == [text]  # before the end token
     assert all(text.startswith(t) for t in found)
@@ -91,9 +92,10 @@ def test_a_draft_is_cut_between_words_and_not_behind_a_space(
 def test_the_cut_is_where_the_student_was_least_sure(renderer: Renderer, vocab: StudentVocab) -> None:
     draft = drafted(renderer, "one two three four", 0.9, 0.1, 0.5, 0.3)  # nothing is cut before the first token
     two = [(p.text, p.token) for p in peaks(draft, vocab, 2)]
-    by_entropy = sorted(places(draft, vocab), key=lambda p: -p.entropy)[:2]
+    by_entropy = sorted(places(draft, vocab)[1:], key=lambda p: -p.entropy)[:2]
     assert two == sorted(((p.text, p.token) for p in by_entropy), key=lambda p: p[1])
     assert all(p.depth <= 0.5 for p in peaks(draft, vocab, 9, within=0.5))
+    assert peaks(draft, vocab, 1, start=True)[0].token == 0
 
 
 def test_a_draft_is_cut_only_where_its_tokens_spell_its_text(renderer: Renderer, vocab: StudentVocab) -> None:
@@ -106,7 +108,7 @@ def test_a_draft_is_cut_only_where_its_tokens_spell_its_text(renderer: Renderer,
     }
     for text, cut in texts.items():
         other = msgspec.structs.replace(one, completion=msgspec.structs.replace(one.completion, text=text))
-        assert [place.text for place in places(other, vocab)] == cut
+        assert [place.text for place in places(other, vocab)] == ["", *cut]
     with pytest.raises(AlignmentError, match="no distribution for each of its"):
         peaks(msgspec.structs.replace(one, top=None), vocab, 1)
 
@@ -162,6 +164,14 @@ def test_a_fork_learns_the_teachers_next_token_there_and_nowhere_else(
     assert float(sample.soft.logprobs.max()) == pytest.approx(logprob, abs=1e-3)
     assert 0 <= outcome.metrics["overlap_top_k"] <= 1
     assert sum(name.startswith("captured_mass_") for name in outcome.metrics) == 1
+
+
+def test_a_fork_at_the_start_is_the_plain_question(corpus: Corpus, renderer: Renderer) -> None:
+    outcome = feedback(corpus, renderer, [drafted(renderer, "one two", 0.9)], ForksConfig(forks=1), "yes no")
+    (sample,) = outcome.samples
+    assert sample.weights["topk_kl"].index(1.0) == len(renderer.prompt([{"role": "user", "content": "Say 1"}]))
+    asked = corpus.rows("select cut_byte, body->'messages'->-1->>'content' from requests")
+    assert asked == [(None, "Say 1")]
 
 
 def test_more_forks_are_more_labels_in_the_order_of_the_text(corpus: Corpus, renderer: Renderer) -> None:

@@ -362,7 +362,8 @@ def test_an_older_corpus_gets_the_new_table(tmp_path: Path) -> None:
 def test_a_scripted_teacher_can_be_probed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["probe", "--config", project(tmp_path, {"provider": "scripted"}), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["capabilities"]
-    assert (found["chat"], found["top_logprobs_max"], found["scoring"], found["n_max"]) == (True, 1, "none", 1)
+    assert (found["chat"], found["top_logprobs_max"], found["n_max"]) == (True, 1, 1)
+    assert found["scoring"] == "prompt_logprobs"
 
 
 def test_a_rate_limit_is_no_answer_to_the_question() -> None:

@@ -272,6 +272,15 @@ def test_odd_logprobs_cost_no_text_and_the_reason_is_kept(odd: str, warm: bool) 
     assert decoder.odd
 
 
+def test_every_kind_of_reply_says_what_it_cost() -> None:
+    bill = {"prompt_tokens": 7, "completion_tokens": 3}
+    completions = {"choices": [{"index": 0, "text": "Hi", "logprobs": None}], "usage": bill}
+    native = {"text": "Hi", "meta_info": {**bill, "cached_tokens": 2, "finish_reason": {"type": "length"}}}
+    assert usage_of(json.dumps(completions).encode()) == Usage(prompt_tokens=7, completion_tokens=3)
+    assert usage_of(json.dumps(native).encode()) == Usage(prompt_tokens=7, completion_tokens=3, cached_tokens=2)
+    assert usage_of(b"[]") == Usage()
+
+
 def test_half_a_character_in_a_text_is_shown_as_one_that_is_broken() -> None:
     token = '{"token":"\\ud83d","logprob":-1}'
     data = '{"choices":[{"message":{"content":"Hi \\ud83d"},"logprobs":{"content":[' + token + "]}}]}"

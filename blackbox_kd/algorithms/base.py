@@ -59,7 +59,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     async def feedback(self, rollouts: Sequence[Rollout], round_: int) -> Outcome:
-        """Ask about the rollouts and make samples of the replies.
+        """Ask about the rollouts and make samples of the replies, in an order that repeats: that of the rollouts.
 
         Raises:
             TeacherError: the endpoint is gone or refuses.
@@ -96,6 +96,13 @@ class AlgorithmConfig(Section):
     def needs_judge(self) -> bool:
         """Whether it cannot do without the section `judge`."""
         return False
+
+    def resolve(self, can: Capabilities, prompts: int, calls: int | None) -> tuple[AlgorithmConfig, str]:
+        """The algorithm that is meant, and why: itself, but for `auto`.
+
+        `prompts` are those of all rounds, `calls` what the budget leaves for them; None where it sets no limit.
+        """
+        return self, ""
 
     def lacking(self, can: Capabilities) -> str | None:
         """What the endpoint would have to be able to do, and cannot; None where nothing is lacking."""

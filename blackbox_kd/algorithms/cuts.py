@@ -17,7 +17,7 @@ class Cut(NamedTuple):
 
     rollout: Rollout
     token: int
-    """Completion tokens before it, at least 1."""
+    """Completion tokens before it."""
     text: str
     """What they spell."""
     entropy: float
@@ -29,10 +29,10 @@ class Cut(NamedTuple):
         return self.token / len(self.rollout.completion_ids)
 
 
-def peaks(rollout: Rollout, vocab: StudentVocab, count: int, within: float = 1.0) -> list[Cut]:
+def peaks(rollout: Rollout, vocab: StudentVocab, count: int, *, within: float = 1.0, start: bool = False) -> list[Cut]:
     """The `count` places where the student was least sure, in order, in the first share `within` of the draft.
 
-    Empty for a draft without a place.
+    `start`: also before its first token, where nothing is given to go on with. Empty for a draft without a place.
 
     Raises:
         AlignmentError: the draft does not have a distribution for each of its tokens.
@@ -41,7 +41,7 @@ def peaks(rollout: Rollout, vocab: StudentVocab, count: int, within: float = 1.0
     if rollout.top is None or len(rollout.top.ids) != len(ids):
         name = rollout.completion.completion_id
         raise AlignmentError(f"rollout {name} has no distribution for each of its {len(ids)} tokens")
-    near = [cut for cut in places(rollout, vocab) if cut.depth <= within]
+    near = [cut for cut in places(rollout, vocab) if cut.depth <= within and (cut.token or start)]
     return sorted(sorted(near, key=lambda cut: -cut.entropy)[:count], key=lambda cut: cut.token)
 
 
@@ -50,8 +50,7 @@ def places(rollout: Rollout, vocab: StudentVocab) -> list[Cut]:
 
     Not in a character or a word: another tokenizer has no cut there, and its next token would be about another word.
     Not behind whitespace: most tokenizers put a space into the token that follows, some endpoints strip or refuse it.
-    Not at the start: an empty text is none to go on with. Nor behind tokens that do not spell the text (a special one,
-    half a character).
+    Not behind tokens that do not spell the text: a special one, half a character, a space that only the tokens have.
     """
     raw, ids = rollout.completion.text.encode(), rollout.completion_ids
     pieces = [vocab.spelled[i] or b"" for i in ids]
@@ -61,7 +60,7 @@ def places(rollout: Rollout, vocab: StudentVocab) -> list[Cut]:
         before = spelled[dummy:]
         if not raw.startswith(before):
             break
-        if token and _ends(before, raw[len(before) :]):
+        if _ends(before, raw[len(before) :]) if token else not dummy:
             found.append(Cut(rollout, token, before.decode(), float(nats)))
         spelled += piece
     return found

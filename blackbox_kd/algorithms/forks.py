@@ -6,8 +6,8 @@ places of a draft instead of all; a teacher with other tokens is mapped by `alig
 whole continuations at such places.
 Needs: chat with prefill and top_logprobs. Costs: `forks` calls of one token a rollout, each with the draft up to there
 in its prompt. Loss: `topk_kl` (forward KL, the rest of the mass as one bucket) on exactly those tokens.
-What it does not do: it asks nothing at the start (`sft` learns from that), in a word or behind a space (see `cuts`),
-and nothing of what comes after the next token.
+What it does not do: it asks nothing in a word or behind a space (see `cuts`), and nothing of what comes after the next
+token. Between the forks the student learns from `replay` alone.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Forks(Algorithm):
     async def feedback(self, rollouts: Sequence[Rollout], round_: int) -> Outcome:
         """A sample for each rollout that has a place with an answer."""
         can = self._teacher.capabilities
-        cuts = [cut for rollout in rollouts for cut in peaks(rollout, self._vocab, self._config.forks)]
+        cuts = [cut for rollout in rollouts for cut in peaks(rollout, self._vocab, self._config.forks, start=True)]
         requests = [self._request(cut, can) for cut in cuts]
         answers = await self._teacher.answers(requests, round_=round_, description="forks")
         replies, wrong = self._read(cuts, [answers.get(request.request_key) for request in requests], can)
@@ -153,7 +153,7 @@ class Forks(Algorithm):
             "fork",
             sampling,
             completion_id=rollout.completion.completion_id,
-            given=cut.text,
+            given=cut.text or None,
             form=can.prefill,
         )
 

@@ -4,8 +4,9 @@ What it is: DAgger (Ross et al. 2011) on states of the student's own: it sees th
 learns what the teacher would have written behind it. Cf. SKD (2410.11325), which interleaves the two token by token.
 Needs: chat with prefill. Costs: `cuts` calls a rollout, each with the draft up to the cut in its prompt.
 Loss: on the continuation only, `topk_kl` on tokens whose top-k the teacher shows and `ce` on the others.
-What it does not do: it teaches nothing of the draft's beginning, however bad that is, and never cuts at the start, in a
-word or behind a space (see `cuts`). A continuation that is cut off is dropped. The teacher may end the answer at once.
+What it does not do: it teaches nothing of the draft's beginning, however bad that is (`replay` does), and never cuts at
+the start, in a word or behind a space (see `cuts`). A continuation that is cut off is dropped; one that ends the answer
+at once is not.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class Prefix(Algorithm):
     async def feedback(self, rollouts: Sequence[Rollout], round_: int) -> Outcome:
         """A sample for each continuation."""
         config, can = self._config, self._teacher.capabilities
-        cuts = [cut for r in rollouts for cut in peaks(r, self._vocab, config.cuts, config.within)]
+        cuts = [cut for r in rollouts for cut in peaks(r, self._vocab, config.cuts, within=config.within)]
         requests = [self._request(cut, can) for cut in cuts]
         answers = await self._teacher.answers(requests, round_=round_, description="prefix")
         found, wrong = list[Continuation](), list[str]()

@@ -27,6 +27,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, S
 import numpy as np
 
 from blackbox_kd.align.labels import NO_ID, SoftLabels, soft_labels
+from blackbox_kd.align.spans import Span, common_spans
 from blackbox_kd.align.spelling import lstrip, spell, starts
 from blackbox_kd.align.vocab import UNMAPPABLE, StudentVocab, ids_agree
 from blackbox_kd.errors import AlignmentError
@@ -112,6 +113,21 @@ class Aligner:
         student = np.asarray(student_ids, np.int64)
         image, share = self._mapped(slots, drawn, rows, student, start)
         return soft_labels(len(student), rows, image, share, p)
+
+    def spans(self, text: str, teacher: TeacherTokens, student_ids: Sequence[int]) -> list[Span]:
+        """The shortest runs of tokens that spell the same on both sides, in order; the end of both is one.
+
+        Raises:
+            AlignmentError: tokens of either side do not spell the text.
+        """
+        raw = text.encode()
+        student_starts, _ = self.student.starts(raw, student_ids)
+        teacher_starts = np.maximum(self._starts(raw, teacher.token_ids.tolist())[0], 0)
+        found = common_spans(student_starts, teacher_starts, len(raw))
+        last = self._slots(teacher.token_ids[-1:])
+        if len(last) and self._is_end[last[0]] and list(student_ids[-1:]) == [self.student.end_id]:
+            found.append(Span(*(slice(n - 1, n) for n in (len(student_ids), len(teacher.token_ids)))))
+        return found
 
     def candidates(self, teacher: TeacherTokens) -> SoftLabels:
         """Soft labels at T places in the middle of texts, of which nothing but the candidates is known.

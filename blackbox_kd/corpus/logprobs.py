@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from blackbox_kd.types import Completion, TokenLogprob, TopLogprob
+from blackbox_kd.types import Completion, Scores, TokenLogprob, TopLogprob
 
 SENTINEL_LOGPROB = -9999.0
 """OpenAI's stand-in for `not among the likeliest`; stored as NULL."""
@@ -81,7 +81,7 @@ MASS_DECIMALS = 6
 """Of `missing_mass`; more would be noise that does not pack."""
 
 
-def table(scored: Sequence[tuple[Completion, str]], vocab: Vocab) -> pa.Table:
+def table(scored: Sequence[tuple[Completion | Scores, str]], vocab: Vocab) -> pa.Table:
     """Rows of `logprobs` for completions (with the scorer of each): flat lists, T tokens and T * k alternatives."""
     sizes, widths = list[int](), list[int]()
     ids, values, top_ids = list[int](), list[float](), list[int]()

@@ -56,7 +56,8 @@ def read(reply: Reply) -> Answer:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         return Answer(no=f"a 200 that cannot be read ({error})")
     answer = Answer(data, reply.headers) if isinstance(data, dict) else Answer()
-    return answer if answer.choices else Answer(no=f"a 200 without choices: {reply.data[:120]!r}")
+    said = answer.choices or scores.get(data, "meta_info")
+    return answer if said else Answer(no=f"a 200 without choices: {reply.data[:120]!r}")
 
 
 def agreement(wrote: Sequence[TokenLogprob], scored: Sequence[TokenLogprob], no: str = "") -> Verdict:

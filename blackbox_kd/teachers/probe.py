@@ -17,7 +17,7 @@ from blackbox_kd.teachers import checks, scores
 from blackbox_kd.teachers.base import Capabilities, Reply, TeacherConfig
 from blackbox_kd.teachers.checks import Answer, Verdict
 from blackbox_kd.teachers.prefill import PREFILLS, Body, prefilled
-from blackbox_kd.teachers.wire import chat_body
+from blackbox_kd.teachers.wire import chat_body, native_body
 from blackbox_kd.types import Endpoint, Message, Request, SamplingParams
 
 Ask: TypeAlias = Callable[[Request], Awaitable[Reply]]
@@ -183,7 +183,9 @@ class _Probing:
     async def scoring(self) -> None:
         """The first way that gives what the endpoint gave when it wrote the same tokens; the cheapest first."""
         said = []
-        for way, check in (("prompt_logprobs", self._prompt_logprobs), ("echo", self._echo), ("forced", self._forced)):
+        checks_of = {"prompt_logprobs": self._prompt_logprobs, "echo": self._echo, "generate": self._generate,
+                     "forced": self._forced}  # fmt: skip
+        for way, check in checks_of.items():
             works, why = await check()
             said.append(f"{way}: {why}")
             self.found["scoring"] = way if works else "none", "; ".join(said)
@@ -206,6 +208,14 @@ class _Probing:
             return False, self.opening.no or "no logprobs to check it by"
         answer = await self.send(self.completion(OPENING + self.opening.texts[0], echo=True), "completions")
         return checks.agreement(wrote, scores.echoed_tokens(answer.data), answer.no)
+
+    async def _generate(self) -> Verdict:
+        """SGLang's own endpoint."""
+        if not self.opening.tokens:
+            return False, self.opening.no or "no logprobs to check it by"
+        body = native_body(self.config, OPENING + self.opening.texts[0], 1)
+        answer = await self.send(body, "native")
+        return checks.agreement(self.opening.tokens, scores.native_tokens(answer.data), answer.no)
 
     async def _forced(self) -> Verdict:
         """One token a call, by `logit_bias`: an unlikely one must keep the logprob that it had as an alternative."""

@@ -14,8 +14,9 @@ from blackbox_kd.teachers.budget import Budget, BudgetConfig
 from blackbox_kd.teachers.engine import Engine
 from blackbox_kd.teachers.prefill import turn
 from blackbox_kd.teachers.probe import capabilities
+from blackbox_kd.teachers.scoring import Scorer
 from blackbox_kd.teachers.wire import chat_body
-from blackbox_kd.types import Author, Completion, Message, Prompt, Purpose, Request, SamplingParams
+from blackbox_kd.types import Author, Completion, Message, Prompt, Purpose, Request, SamplingParams, TeacherTokens
 
 Ask = Callable[..., AsyncIterator[Completion]]
 """`complete(requests, description=...)`."""
@@ -91,6 +92,7 @@ class Teacher(Questions):
         super().__init__(config, sample)
         self.corpus, self.run_id = corpus, run_id
         self.engine = Engine(config, corpus, run_id, author, caps=caps, run_dir=run_dir, beside=beside)
+        self._scorer: Scorer | None = None
 
     @property
     def capabilities(self) -> Capabilities:
@@ -134,3 +136,30 @@ class Teacher(Questions):
             pass
         found = self.corpus.answers([request.request_key for request in requests])
         return {key: choices[0] for key, choices in found.items()}
+
+    async def score(
+        self, items: Sequence[tuple[Prompt, Completion]], *, top: int, round_: int = 0
+    ) -> dict[str, TeacherTokens]:
+        """completion_id -> the teacher's tokens of a text that somebody else wrote, with `top` alternatives each.
+
+        The last one is the token that ends an answer, scored whether or not the text ended there. A text that is empty,
+        or that the endpoint cannot score, is left out. See `scoring`.
+
+        Raises:
+            TeacherRefused: the endpoint cannot score, or its scores are not believed.
+        """
+        self._scorer = self._scorer or Scorer(self.config, self.corpus, self.engine, self.capabilities)
+        requests = {
+            completion.completion_id: self._scorer.request(
+                self.context.wrap(prompt.messages),
+                completion.text,
+                top=top,
+                prompt_id=prompt.prompt_id,
+                context_hash=self.context.context_hash,
+                about=completion.completion_id,
+            )
+            for prompt, completion in items
+            if completion.text.strip()
+        }
+        scored = await self._scorer.score(list(requests.values()), round_)
+        return {i: scored[r.request_key] for i, r in requests.items() if r.request_key in scored}

@@ -42,6 +42,16 @@ def chat_body(
     return {key: value for key, value in body.items() if key not in config.omit_params}
 
 
+def native_body(config: TeacherConfig, text: str, top: int) -> dict[str, Any]:
+    """Ask SGLang for the logprobs of a raw text, with `top` alternatives a token.
+
+    https://docs.sglang.ai/basic_usage/native_api.html
+    """
+    wanted = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": top, "return_text_in_logprobs": True}
+    sampling = {"max_new_tokens": 1, "temperature": 1.0}
+    return {"model": config.model, "text": text, "sampling_params": sampling, **wanted, **config.extra_body}
+
+
 class _Message(msgspec.Struct):
     content: str | None = None
     reasoning_content: str | None = None
@@ -107,6 +117,7 @@ class _CompletionDetails(msgspec.Struct):
 class _Usage(msgspec.Struct):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    cached_tokens: int | None = None
     prompt_tokens_details: _PromptDetails | None = None
     completion_tokens_details: _CompletionDetails | None = None
 
@@ -119,8 +130,17 @@ class _Reply(msgspec.Struct, Generic[Shown]):
     error: Any = None
 
 
+class _Billed(msgspec.Struct):
+    """Of a reply of any endpoint."""
+
+    usage: _Usage | None = None
+    meta_info: _Usage | None = None
+    """SGLang's own."""
+
+
 _whole = msgspec.json.Decoder(_Reply[_Logprobs[TokenLogprob]])
 _lean = msgspec.json.Decoder(_Reply[_Logprobs[_LeanToken]])
+_billed = msgspec.json.Decoder(_Billed)
 _places = msgspec.json.Decoder(_Reply[_Logprobs[msgspec.Raw]])
 """Each token with its alternatives unread: half the time of reading them."""
 _bare = msgspec.json.Decoder(_Reply[Any])
@@ -297,7 +317,8 @@ def _completions(
 def usage_of(data: bytes) -> Usage:
     """What a 200 says that it cost; nothing where it cannot be read."""
     try:
-        return _usage(_bare.decode(_strict(data)).usage)
+        reply = _billed.decode(_strict(data))
+        return _usage(reply.usage or reply.meta_info)
     except UNREADABLE:
         return Usage()
 
@@ -330,6 +351,6 @@ def _usage(usage: _Usage | None) -> Usage:
     return Usage(
         prompt_tokens=usage.prompt_tokens or 0,
         completion_tokens=usage.completion_tokens or 0,
-        cached_tokens=(prompt.cached_tokens if prompt else None) or 0,
+        cached_tokens=(prompt.cached_tokens if prompt else usage.cached_tokens) or 0,
         reasoning_tokens=(completion.reasoning_tokens if completion else None) or 0,
     )
