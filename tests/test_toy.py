@@ -55,6 +55,8 @@ class Line(NamedTuple):
     """What else it needs in the config, by dotted key."""
 
 
+SAME_JUDGE = {"judge": {"same_as": "teacher", "model": "judge"}}
+
 LINES = {
     # cross entropy on the teacher's draws, whose gradient is that of the forward KL
     "relabel rewrite": Line(
@@ -74,6 +76,10 @@ LINES = {
     # its anchor is that cross entropy; DPO alone only orders the two answers of a pair
     "preference snapshot": Line({"name": "preference"}, "forward"),
     "preference fresh": Line({"name": "preference", "rejected": "fresh"}, "forward"),
+    # raises sum_y q(y) log p(y), the reverse KL but for the student's own entropy. Alone that proves little: one answer
+    # that suits both questions has a good value, whoever gave the grades
+    "reward best of n": Line({"name": "reward", "grades": "rubric", "update": "best_of_n"}, "reverse", SAME_JUDGE),
+    "reward pg": Line({"name": "reward", "grades": "digits", "update": "pg"}, "reverse", SAME_JUDGE),
     # its gradient is that of the reverse KL, estimated on the student's draws
     "score pg": Line({"name": "score", "alpha": 1.0}, "reverse"),
     # the teacher shows all of its three tokens, so this is the whole divergence at the student's own prefixes
