@@ -65,8 +65,8 @@ LINES = {
     "relabel afresh": Line(
         {"name": "relabel", "mode": "afresh", "worst_fraction": 1.0, "max_completion_length": LONGEST}, "forward"
     ),
-    # the teacher's whole distribution behind the student's own beginnings. The first sign, where `prefix` never cuts, is
-    # left to replayed rows: without them the end that is learnt behind it comes up there too (2% -> 17%)
+    # the teacher's whole distribution behind the student's own beginnings. The first sign, where `prefix` never cuts,
+    # is left to replayed rows: without them the end that is learnt behind it comes up there too (2% -> 17%)
     "prefix": Line(
         {"name": "prefix", "cuts": 2, "within": 1.0, "max_completion_length": LONGEST},
         "forward",
