@@ -67,7 +67,7 @@ LINES = {
     "preference snapshot": Line({"name": "preference"}, "forward"),
     "preference fresh": Line({"name": "preference", "rejected": "fresh"}, "forward"),
     # its gradient is that of the reverse KL, estimated on the student's draws
-    "score pg": Line({"name": "score", "alpha": 1.0}, "reverse"),
+    "score pg": Line({"name": "score"}, "reverse"),
     # the teacher shows all of its three tokens, so this is the whole divergence at the student's own prefixes
     "score kl": Line({"name": "score", "loss": "kl"}, "reverse"),
     # rewards of a Bradley-Terry discriminator estimate log p_teacher - log p_student: the gradient of the reverse KL
