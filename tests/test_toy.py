@@ -81,7 +81,7 @@ LINES = {
     "reward best of n": Line({"name": "reward", "grades": "rubric", "update": "best_of_n"}, "reverse", SAME_JUDGE),
     "reward pg": Line({"name": "reward", "grades": "digits", "update": "pg"}, "reverse", SAME_JUDGE),
     # its gradient is that of the reverse KL, estimated on the student's draws
-    "score pg": Line({"name": "score", "alpha": 1.0}, "reverse"),
+    "score pg": Line({"name": "score"}, "reverse"),
     # the teacher shows all of its three tokens, so this is the whole divergence at the student's own prefixes
     "score kl": Line({"name": "score", "loss": "kl"}, "reverse"),
     # rewards of a Bradley-Terry discriminator estimate log p_teacher - log p_student: the gradient of the reverse KL
