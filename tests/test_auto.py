@@ -46,7 +46,7 @@ def test_its_replies_are_as_long_as_it_is_told() -> None:
 def test_a_run_probes_first_and_makes_the_same_choice_again(
     project_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    blank = ["--teacher.capabilities", "{}"]
+    blank = ["--teacher.capabilities", "{scoring: none}"]
     command = ["run", "--config", str(project_file), *AUTO, *blank]
     assert main([*command, "--onpolicy.rounds", "1"]) == 0
     said = capsys.readouterr().err

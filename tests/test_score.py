@@ -298,11 +298,25 @@ def test_raw_text_needs_a_template(corpus: Corpus, byte_renderer: Renderer, lm: 
 def test_what_cannot_be_scored_is_dropped_and_counted(
     corpus: Corpus, byte_renderer: Renderer, lm: LanguageModel
 ) -> None:
-    """Special tokens in a text, and a text without anything in it, are data."""
-    rollouts = [rollout(byte_renderer, f"Say {i}", t) for i, t in enumerate(["one", "a<|im_start|>b", "", "  "])]
+    """Special tokens in a text are data."""
+    rollouts = [rollout(byte_renderer, f"Say {i}", t) for i, t in enumerate(["one", "a<|im_start|>b"])]
     with served(SpeakingAPI(lm, "llama.cpp")) as api:
         outcome = feedback(corpus, byte_renderer, rollouts, teacher_config(api))
-    assert (outcome.asked, outcome.failed, len(outcome.samples)) == (4, 3, 1)
+    assert (outcome.asked, outcome.failed, len(outcome.samples)) == (2, 1, 1)
+
+
+@pytest.mark.parametrize("dialect", WAY)
+def test_nothing_and_blanks_are_answers_too(
+    dialect: str, corpus: Corpus, byte_renderer: Renderer, lm: LanguageModel, letters: Path
+) -> None:
+    """Else a student that says nothing would never hear that this is no answer."""
+    rollouts = [rollout(byte_renderer, f"Say {i}", text) for i, text in enumerate(["", "  ", "\n", "user"])]
+    with served(SpeakingAPI(lm, dialect)) as api:
+        config = teacher_config(api, None if dialect == "llama.cpp" else letters)
+        outcome = feedback(corpus, byte_renderer, rollouts, config)
+    for one, sample in zip(rollouts, outcome.samples, strict=True):
+        expected = [p - q for (_, _, p), q in zip(truth(lm, one), one.logprobs, strict=True)]
+        assert sample.weights["pg"][len(one.prompt_ids) :] == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("dialect", ["vllm", "llama.cpp"])
@@ -401,8 +415,22 @@ def test_what_is_lacking() -> None:
 def test_the_tokens_of_a_text_are_found_whole_or_not_at_all(
     tokens: list[str], text: str, found: list[str] | None
 ) -> None:
-    got = scores.of_text([token(t, -1.0) for t in tokens], text)
+    given = [token(t, -1.0) for t in tokens]
+    got = scores.of_text(given, text)
     assert (got and [t.token for t in got]) == found
+    if found:
+        assert scores.of_text(given, text, token(found[-1], -1.0)) == got
+        assert scores.of_text(given, text, token("</s>", -1.0)) is None
+
+
+def test_a_text_is_followed_by_its_end() -> None:
+    given = [token(t, -float(i)) for i, t in enumerate(["b", "<e>", "b", "\n", "b", "<e>", "\n", "\n"])]
+    end = token("<e>", 0.0)
+    assert scores.of_text(given, "b", end) == given[4:6]
+    assert scores.of_text(given, "b") == given[4:6]
+    assert scores.of_text(given, "", end) == given[5:6]
+    assert scores.of_text(given, "\n", end) is None
+    assert scores.of_text([*given, end], "\n", end) == [given[-1], end]
 
 
 TEXTS = [

@@ -307,10 +307,16 @@ def test_togethers_parallel_arrays_are_logprobs() -> None:
     (answer,), _ = decode({"choices": [choice("Hi!") | {"logprobs": arrays}]})
     assert answer.logprobs is not None
     assert [(t.token, t.logprob, t.id, len(t.top_logprobs)) for t in answer.logprobs] == [
-        ("Hi", -0.5, 7, 2), ("!", -1.0, 8, 0),
+        ("Hi", -0.5, None, 2), ("!", -1.0, None, 0),
     ]  # fmt: skip
     assert [(t.token, t.logprob) for t in answer.logprobs[0].top_logprobs] == [("Hi", -0.5), ("Ho", -2.0)]
     assert not answer.text_bytes
+
+
+def test_togethers_ids_are_kept_where_no_alternative_lacks_one() -> None:
+    arrays = {"tokens": ["Hi", "!"], "token_logprobs": [-0.5, -1], "token_ids": [7, 8]}
+    (answer,), _ = decode({"choices": [choice("Hi!") | {"logprobs": arrays}]})
+    assert [t.id for t in answer.logprobs or []] == [7, 8]
 
 
 @pytest.mark.parametrize(

@@ -139,3 +139,22 @@ def on_completion(prompt_ids: list[int], values: Sequence[float] | float, size: 
     if len(inside) != size:
         raise AlignmentError(f"{len(inside)} values for {size} completion tokens")
     return [*[0.0] * len(prompt_ids), *inside]
+
+
+def advantages(rewards: list[list[float]], scale: Literal["none", "group", "batch"]) -> list[list[float]]:
+    """See `losses.group_advantages`."""
+    from blackbox_kd.losses import group_advantages
+
+    found: list[list[float]] = group_advantages(rewards, scale=scale).tolist()
+    return found
+
+
+def pg_sample(rollout: Rollout, advantage: float) -> TrainSample:
+    """Its tokens with their advantage, and the log-probs of the policy that drew them."""
+    size = len(rollout.completion_ids)
+    return TrainSample(
+        sample_id=rollout.completion.completion_id,
+        input_ids=[*rollout.prompt_ids, *rollout.completion_ids],
+        weights={"pg": on_completion(rollout.prompt_ids, advantage, size)},
+        logprobs={"old": on_completion(rollout.prompt_ids, rollout.logprobs, size)},
+    )

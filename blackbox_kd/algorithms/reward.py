@@ -21,7 +21,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from blackbox_kd import health
-from blackbox_kd.algorithms.base import Algorithm, AlgorithmConfig, Outcome, Tools, ce_sample, on_completion
+from blackbox_kd.algorithms.base import Algorithm, AlgorithmConfig, Outcome, Tools, advantages, ce_sample, pg_sample
 from blackbox_kd.algorithms.grading import Graded, Grader, Group
 from blackbox_kd.errors import AlignmentError, ConfigError, TeacherError
 from blackbox_kd.hashing import content_id
@@ -226,22 +226,3 @@ class Reward(Algorithm):
         best = max(self._whole(group), key=lambda rollout: of[rollout.completion.completion_id])
         rendered = self._tools.renderer.join(best.prompt_ids, best.completion_ids)
         return ce_sample(best.completion.completion_id, rendered)
-
-
-def advantages(rewards: list[list[float]], scale: Literal["none", "group", "batch"]) -> list[list[float]]:
-    """See `losses.group_advantages`."""
-    from blackbox_kd.losses import group_advantages
-
-    found: list[list[float]] = group_advantages(rewards, scale=scale).tolist()
-    return found
-
-
-def pg_sample(rollout: Rollout, advantage: float) -> TrainSample:
-    """Its tokens with their advantage, and the log-probs of the policy that drew them."""
-    size = len(rollout.completion_ids)
-    return TrainSample(
-        sample_id=rollout.completion.completion_id,
-        input_ids=[*rollout.prompt_ids, *rollout.completion_ids],
-        weights={"pg": on_completion(rollout.prompt_ids, advantage, size)},
-        logprobs={"old": on_completion(rollout.prompt_ids, rollout.logprobs, size)},
-    )

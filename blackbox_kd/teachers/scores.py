@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Any
 
@@ -110,24 +111,32 @@ def _beside(own: TopLogprob, shown: list[TopLogprob], top: int) -> TokenLogprob:
     return TokenLogprob(token=own.token, logprob=own.logprob, id=own.id, top_logprobs=likeliest)
 
 
-def of_text(tokens: Sequence[TokenLogprob], text: str) -> list[TokenLogprob] | None:
-    """The last tokens that spell a text, and the one behind them, which ends it; None where there are none.
+def of_text(tokens: Sequence[TokenLogprob], text: str, end: TopLogprob | None = None) -> list[TokenLogprob] | None:
+    """The last tokens that spell a text and are followed by `end` (None: by any token), with that; None without them.
 
     A character that tokens cut stands in them as itself, or as one U+FFFD for each of its pieces; where it stands at
     the last of them, and the text begins with it, nobody knows where that is.
     """
-    pattern = re.compile("".join(re.escape(c) if c.isascii() else f"(?:{re.escape(c)}|\ufffd{{1,4}})" for c in text))
+    pattern = re.compile("".join(re.escape(c) if c.isascii() else f"(?:{re.escape(c)}|\\ufffd{{1,4}})" for c in text))
     starts = [0]
     for token in tokens:
         starts.append(starts[-1] + len(spelling(token)))
     whole = "".join(map(spelling, tokens))
-    place = {start: i for i, start in reversed(list(enumerate(starts[:-1])))}
-    for i in range(len(tokens) - 2, -1, -1):
+    for i in range(len(tokens) - 1, -1, -1):
         found = pattern.match(whole, starts[i])
-        if found and found.end() in place and starts[i] < starts[i + 1]:
-            hidden = i > 0 and starts[i - 1] == starts[i] and not text[0].isascii()
-            return None if hidden else list(tokens[i : place[found.end()] + 1])
+        if not found or (text and starts[i] == starts[i + 1]):
+            continue
+        behind = range(bisect_left(starts, found.end(), i), bisect_right(starts, found.end(), i, len(tokens)))
+        last = next((j for j in behind if (not text or j > i) and (end is None or same(tokens[j], end))), None)
+        if last is not None:
+            hidden = i > 0 and starts[i - 1] == starts[i] and bool(text) and not text[0].isascii()
+            return None if hidden else list(tokens[last if not text else i : last + 1])
     return None
+
+
+def same(one: TopLogprob, other: TopLogprob) -> bool:
+    """One token, by its id where there is one."""
+    return one.token == other.token if None in (one.id, other.id) else one.id == other.id
 
 
 def written(tokens: Sequence[TokenLogprob], text: str) -> list[TokenLogprob]:

@@ -1,6 +1,6 @@
 """Logprobs of texts that somebody else wrote, as the teacher sees them; in whichever way its endpoint can.
 
-No way is believed before it has scored the endpoint's own greedy answer as the endpoint did when it wrote it: echoes
+No way is believed before it has scored the endpoint's own answer as the endpoint did when it wrote it: echoes
 are off by one, made up and ignored. That also finds a chat template that is not the endpoint's.
 """
 
@@ -19,10 +19,13 @@ from blackbox_kd.teachers.base import Call, Capabilities, Reply, TeacherConfig
 from blackbox_kd.teachers.checks import Verdict
 from blackbox_kd.teachers.engine import Engine
 from blackbox_kd.teachers.probe import ANSWER_TOKENS, QUESTION
+from blackbox_kd.teachers.scores import too_certain
 from blackbox_kd.teachers.ways import WAYS, question
 from blackbox_kd.teachers.wire import chat_body
-from blackbox_kd.types import Message, Prompt, Request, SamplingParams, TeacherTokens, scorer
+from blackbox_kd.types import Message, Prompt, Request, SamplingParams, TeacherTokens, TokenLogprob, scorer
 
+CHECKED_BY = [(0.0, 0), (1.0, 0), (1.0, 1), (1.0, 2)]
+"""Temperature and number of a draw."""
 AT_ONE = SamplingParams(temperature=1.0, max_completion_length=1)
 """Servers disagree on what a temperature does to the logprobs of given tokens."""
 
@@ -81,14 +84,19 @@ class Scorer:
                 f"{self._config.model} gives other logprobs when it scores ({self._can.scoring}) than when it writes "
                 f"the same tokens: {why}; nothing is learnt from them, see `probe` and teacher.tokenizer"
             )
-        say(f"scoring by {self._can.scoring}: the endpoint's own greedy answer scores as it was written ({why})")
+        say(f"scoring by {self._can.scoring}: the endpoint's own answer scores as it was written ({why})")
         self._checked = True
 
     async def _agrees(self) -> Verdict:
-        greedy = SamplingParams(temperature=0.0, max_completion_length=ANSWER_TOKENS, top_logprobs=1)
+        """By the greedy answer; where all of its tokens are as likely, by one that is drawn."""
+        wrote = list[TokenLogprob]()
         try:
-            answer = checks.read(await self._ask(Call(chat_body(self._config, QUESTION, greedy, 0))))
-            wrote = answer.tokens
+            for temperature, draw in CHECKED_BY:
+                sampling = SamplingParams(temperature=temperature, max_completion_length=ANSWER_TOKENS, top_logprobs=1)
+                answer = checks.read(await self._ask(Call(chat_body(self._config, QUESTION, sampling, draw))))
+                wrote = answer.tokens
+                if not too_certain(wrote):
+                    break
             if not wrote:
                 return False, answer.no or "it shows no logprobs when it writes"
             text = "".join(token.token for token in wrote)
@@ -96,6 +104,7 @@ class Scorer:
             scored = self._way.scored(request, [await self._ask(call) for call in await self._way.calls(request)])
         except RequestRejected as error:
             return False, str(error)
+        self._way.end = scored[-1]
         return checks.agreement(wrote, scored[:-1])
 
     async def _ask(self, call: Call) -> Reply:

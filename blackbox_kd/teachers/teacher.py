@@ -142,8 +142,8 @@ class Teacher(Questions):
     ) -> dict[str, TeacherTokens]:
         """completion_id -> the teacher's tokens of a text that somebody else wrote, with `top` alternatives each.
 
-        The last one is the token that ends an answer, scored whether or not the text ended there. A text that is empty,
-        or that the endpoint cannot score, is left out. See `scoring`.
+        The last one is the token that ends an answer, scored whether or not the text ended there. What the endpoint
+        cannot score is left out. See `scoring`.
 
         Raises:
             TeacherRefused: the endpoint cannot score, or its scores are not believed.
@@ -159,7 +159,6 @@ class Teacher(Questions):
                 about=completion.completion_id,
             )
             for prompt, completion in items
-            if completion.text.strip()
         }
         scored = await self._scorer.score(list(requests.values()), round_)
         return {i: scored[r.request_key] for i, r in requests.items() if r.request_key in scored}

@@ -18,7 +18,7 @@ from blackbox_kd.teachers import scores
 from blackbox_kd.teachers.base import Call, Reply, Taken, TeacherConfig
 from blackbox_kd.teachers.rendering import Rendering
 from blackbox_kd.teachers.wire import native_body, usage_of
-from blackbox_kd.types import Message, Request, Scores, TokenLogprob
+from blackbox_kd.types import Message, Request, Scores, TokenLogprob, TopLogprob
 
 Look = Callable[[dict[str, Any], str], Awaitable[Any]]
 """`(body, path)` -> decoded reply of a call that costs nothing."""
@@ -38,6 +38,8 @@ class ScoringWay(ABC):
 
     def __init__(self, config: TeacherConfig, look: Look) -> None:
         self._config, self._look = config, look
+        self.end: TopLogprob | None = None
+        """What ends an answer, once that is known."""
         self._rendering = Rendering(config, look)
 
     @abstractmethod
@@ -59,7 +61,7 @@ class ScoringWay(ABC):
             said = [msgspec.json.decode(reply.data) for reply in replies]
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise TransientError(f"a 200 that cannot be read ({error})", status=200) from error
-        found = scores.of_text(self.tokens(request, said), text_of(request))
+        found = scores.of_text(self.tokens(request, said), text_of(request), self.end)
         if found is None:
             raise RequestRejected(f"the scores are not those of the text {text_of(request)[:60]!r}", status=200)
         return found
