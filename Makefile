@@ -29,9 +29,9 @@ lint: setup
 	$(BIN)/ruff format --check blackbox_kd tests benchmarks
 	$(BIN)/mypy
 
-# lint, then everything, with the real teacher and the real student
+# lint, then everything, with the real teacher and the real student; two files at a time
 test: lint
-	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=15
 
 # without real models and servers
 test-fast: setup

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ def canonical_json(value: Any) -> str:
 
 def content_id(value: Any) -> str:
     """First 128 bits of sha256 over the canonical JSON, written as a UUID (DuckDB stores it in 16 bytes)."""
-    return str(uuid.UUID(bytes=hashlib.sha256(canonical_json(value).encode()).digest()[:16]))
+    digits = hashlib.sha256(canonical_json(value).encode()).hexdigest()
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:32]}"
 
 
 def file_hash(path: Path) -> str:

@@ -20,8 +20,9 @@ class Lane:
     """Its thread is a daemon: Ctrl-C does not wait for the end of a generation."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        threading.Thread(target=self._work, name="lane", daemon=True).start()
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="lane", daemon=True)
+        self._thread.start()
 
     async def run(self, job: Callable[..., T], *args: Any) -> T:
         """`job(*args)`, when those before it are through; what it raises is raised here."""
@@ -42,5 +43,10 @@ class Lane:
         return await future
 
     def _work(self) -> None:
-        while True:
-            self._jobs.get()()
+        while (job := self._jobs.get()) is not None:
+            job()
+
+    def close(self) -> None:
+        """The end of the thread, which is not to meet that of the interpreter; waits for the jobs before."""
+        self._jobs.put(None)
+        self._thread.join()

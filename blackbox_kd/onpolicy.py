@@ -27,9 +27,9 @@ from contextlib import suppress
 from itertools import takewhile
 from typing import Any
 
-from blackbox_kd import health
+from blackbox_kd import health, probe
 from blackbox_kd.algorithms.base import Algorithm, Outcome, Tools
-from blackbox_kd.errors import ConfigError, GateFailed, TeacherError, TeacherRefused
+from blackbox_kd.errors import ConfigError, GateFailed, TeacherError
 from blackbox_kd.lane import Lane
 from blackbox_kd.progress import console, say
 from blackbox_kd.project import Config, Project, stage_main
@@ -46,23 +46,22 @@ async def run(project: Project) -> dict[str, Any]:
     found = await go_round(project, lane, ranks)
     await lane.run(ranks.share)  # there is nothing more to follow
     await lane.run(ranks.leave)
+    lane.close()
     return {"rounds": found}
 
 
 async def go_round(project: Project, lane: Lane, ranks: Ranks) -> dict[str, dict[str, float]]:
     """Metrics of each round, by its checkpoint."""
-    config, run_dir, loop = project.config, project.run_dir, project.config.onpolicy
-    names = checkpoints(project)
+    run_dir, names = project.run_dir, checkpoints(project)
     done = len(list(takewhile(lambda name: run_dir.done(name, project.settings_of(name)), names)))
     if not done:
         raise ConfigError(f"no {run_dir.checkpoint('sft')}: run `sft` first")
     if done == len(names):
-        say(f"onpolicy: all {loop.rounds} rounds are there already")
+        say(f"onpolicy: all {len(names) - 1} rounds are there already")
         return {}
-    if lacking := loop.algorithm.lacking(project.teacher.capabilities):
-        raise TeacherRefused(f"onpolicy.algorithm {loop.algorithm.name}: {lacking}")
-    start = run_dir.checkpoint(names[done - 1])
-    await lane.run(ranks.share, start)
+    await probe.ensure(project)
+    config, loop, start = project.config, project.config.onpolicy, run_dir.checkpoint(names[done - 1])
+    await lane.run(ranks.share, (start, loop))
     student = Student(config.student, adapter=start)
     judges = project.judge, project.unseen
     tools = Tools(project.teacher, student.renderer, config.student, lane, config.seed, *judges)
@@ -90,8 +89,9 @@ def follow(config: Config) -> None:
     ranks = Ranks.join(config.student)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 knows what to do, and takes this one with it
     with suppress(PeerGone):
-        if start := ranks.share():
-            updater = updater_of(config, Student(config.student, adapter=start), start, ranks)
+        if told := ranks.share():
+            start, loop = told  # whatever algorithm `auto` stands for
+            updater = updater_of(loop, Student(config.student, adapter=start), start, ranks)
             console.quiet = True  # from here on rank 0 sees the same
             while task := ranks.share():
                 updater.run(*task)

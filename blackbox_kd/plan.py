@@ -17,15 +17,14 @@ from typing import Any
 
 import msgspec
 
-from blackbox_kd.config import load_config
-from blackbox_kd.corpus.history import History, history, known
+from blackbox_kd.corpus.history import History, history, known, probed
 from blackbox_kd.hashing import canonical_json
-from blackbox_kd.project import Config, guarded, overrides, parser, sample_questions
+from blackbox_kd.project import Config, config_of, guarded, parser, sample_questions, settled
 from blackbox_kd.prompts import PromptSet
 from blackbox_kd.run_dir import committed, round_of
 from blackbox_kd.sql import show
 from blackbox_kd.status import duration, money
-from blackbox_kd.teachers.base import PriceConfig, TeacherConfig
+from blackbox_kd.teachers.base import Capabilities, PriceConfig, TeacherConfig
 from blackbox_kd.teachers.prices import price_of
 from blackbox_kd.teachers.teacher import Questions
 from blackbox_kd.types import Purpose, Request, Usage
@@ -178,6 +177,8 @@ def dollars(price: PriceConfig | None, prompt_tokens: int, completion_tokens: fl
 def plan(config: Config) -> dict[str, Any]:
     """All stages, their sum, and what the estimates rest on."""
     prompts = PromptSet(config.prompts)
+    found = probed(config.corpus_path, config.teacher.model, config.teacher.address)
+    config, chosen = settled(config, prompts, msgspec.convert(found | config.teacher.capabilities, Capabilities))
     teacher, path = Questions(config.teacher, config.sample), config.corpus_path
     price = price_of(config.teacher)
     seen = history(path, config.teacher.model)
@@ -204,6 +205,7 @@ def plan(config: Config) -> dict[str, Any]:
         "tokens_from": f"{seen.answers} answers of {config.teacher.model}" if seen.tokens_per_byte else "bytes / 4",
         "rate_per_s": seen.rate_per_s,
         "price": price.model_dump() if price else None,
+        "algorithm": chosen or config.onpolicy.algorithm.name,
     }
 
 
@@ -225,6 +227,7 @@ def print_plan(found: dict[str, Any]) -> None:
         f"{found['rate_per_s']:.2f} answers a second, as of late" if found["rate_per_s"] else "no answer was timed yet"
     )
     print(f"time: {rate}")
+    print(f"onpolicy.algorithm: {found['algorithm']}")
     if found["price"] is None:
         print("cost: no price is known; set teacher.price (dollars for a million tokens: input, output)")
 
@@ -242,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     flags, rest = parser("plan", __doc__).parse_known_args(argv)
 
     def body() -> int:
-        found = plan(load_config(Config, flags.config, overrides(rest)))
+        found = plan(config_of(flags, rest))
         if flags.json:
             print(json.dumps(found, ensure_ascii=False))
         else:

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from blackbox_kd.errors import TeacherRefused
 from blackbox_kd.progress import say
 from blackbox_kd.project import Project, stage_main
 from blackbox_kd.sql import show
@@ -34,6 +35,23 @@ async def run(project: Project) -> dict[str, Any]:
         "capabilities": msgspec.structs.asdict(capabilities(project.corpus, config)),
         "details": details,
     }
+
+
+async def ensure(project: Project) -> None:
+    """Look at the endpoint where the on-policy algorithm depends on it and nobody has looked; then settle on one.
+
+    Raises:
+        TeacherRefused: the endpoint cannot do what the algorithm needs.
+    """
+    teacher = project.teacher
+    seen = project.corpus.capabilities(teacher.config.model, teacher.config.address)
+    if not seen and project.config.onpolicy.algorithm.lacking(teacher.capabilities):
+        await run(project)
+    if why := project.settle():
+        say(f"onpolicy.algorithm auto: {why}")
+    algorithm = project.config.onpolicy.algorithm
+    if lacking := algorithm.lacking(teacher.capabilities):
+        raise TeacherRefused(f"onpolicy.algorithm {algorithm.name}: {lacking}")
 
 
 def show_found(_: Project, result: dict[str, Any]) -> None:

@@ -39,7 +39,7 @@ from blackbox_kd.progress import say
 from blackbox_kd.prompts import SPLITS, PromptSet
 from blackbox_kd.run_dir import RunDir
 from blackbox_kd.teachers import providers
-from blackbox_kd.teachers.base import TeacherConfig
+from blackbox_kd.teachers.base import Capabilities, TeacherConfig
 from blackbox_kd.teachers.budget import BudgetConfig
 from blackbox_kd.teachers.teacher import Questions, Teacher
 from blackbox_kd.types import Prompt, Request, SamplingParams
@@ -189,6 +189,19 @@ def _spelt_out(judge: Any, where: str, teacher: Any) -> Any:
     return shared | {key: value for key, value in judge.items() if key != "same_as"}
 
 
+def settled(config: Config, prompts: PromptSet, can: Capabilities) -> tuple[Config, str]:
+    """The config with the on-policy algorithm that is meant, and why it is (`auto`).
+
+    It does not depend on what has been spent: the same run makes the same choice again.
+    """
+    loop, cap = config.onpolicy, config.budget.max_requests
+    asked = prompts.count("train", config.sample.max_prompts) * config.sample.draws
+    fixed = 2 * (prompts.count("heldout") + prompts.count("ood"))
+    left = None if cap is None else cap - asked - fixed
+    chosen, why = loop.algorithm.resolve(can, loop.rounds * loop.prompts_per_round, left)
+    return config.model_copy(update={"onpolicy": loop.model_copy(update={"algorithm": chosen})}), why
+
+
 def sample_questions(teacher: Questions, prompts: Iterable[Prompt]) -> Iterator[Request]:
     """One for each draw of each prompt."""
     for prompt in prompts:
@@ -220,6 +233,9 @@ class Project:
             )
             self.judge = self._judge(config.judge, "judge")
             self.unseen = self._judge(config.evaluate.judge, "evaluate.judge")
+            if not config.onpolicy.algorithm.lacking(self.teacher.capabilities):
+                self.settle()
+                config = self.config
             for name in self.run_dir.checkpoints():  # before the config of the run is overwritten
                 self.run_dir.done(name, self.settings_of(name))
             resolved = config.model_dump(mode="json") | {"corpus": str(config.corpus_path)}
@@ -232,6 +248,11 @@ class Project:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stack.close()
+
+    def settle(self) -> str:
+        """`algorithm: auto` becomes what it stands for, for everything that follows; why."""
+        self.config, why = settled(self.config, self.prompts, self.teacher.capabilities)
+        return why
 
     def _judge(self, config: TeacherConfig | None, where: str) -> Teacher | None:
         """An endpoint that shares the teacher's budget."""
@@ -328,6 +349,12 @@ def parser(command: str, doc: str) -> argparse.ArgumentParser:
     return made
 
 
+def config_of(flags: argparse.Namespace, rest: Sequence[str]) -> Config:
+    """What `--config` and the other flags say."""
+    caps = [(f"budget.max_{cap}", value) for cap in CAPS if (value := getattr(flags, f"max_{cap}")) is not None]
+    return load_config(Config, flags.config, [*overrides(rest), *caps])
+
+
 def overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
     """`--a.b value` and `--a.b=value` as pairs.
 
@@ -385,9 +412,8 @@ def stage_main(
     flags, rest = parser(command, doc).parse_known_args(argv)
 
     def body() -> int:
-        caps = [(f"budget.max_{cap}", value) for cap in CAPS if (value := getattr(flags, f"max_{cap}")) is not None]
         rank = launched(command, follow)
-        config = load_config(Config, flags.config, [*overrides(rest), *caps])
+        config = config_of(flags, rest)
         if rank and follow:
             follow(config)
             return 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from blackbox_kd import evaluate, onpolicy, sample, sft, yardstick
+from blackbox_kd import evaluate, onpolicy, probe, sample, sft, yardstick
 from blackbox_kd.algorithms.base import Tools
 from blackbox_kd.lane import Lane
 from blackbox_kd.progress import say
@@ -23,6 +23,7 @@ from blackbox_kd.student.trainer import check_soft
 async def run(project: Project) -> dict[str, Any]:
     """The summary of `evaluate`."""
     check(project)
+    await probe.ensure(project)
     engine = project.teacher.engine
     await sample.run(project)
     await yardstick.capture(project)
@@ -43,7 +44,8 @@ def check(project: Project) -> None:
     student = Student(config.student, seed=config.seed)
     judges = project.judge, project.unseen
     tools = Tools(project.teacher, student.renderer, config.student, Lane(), config.seed, *judges)
-    config.onpolicy.algorithm.build(tools)
+    if not config.onpolicy.algorithm.lacking(project.teacher.capabilities):
+        config.onpolicy.algorithm.build(tools)
     for split in SPLITS:
         for prompt in project.prompts[split]:
             student.renderer.prompt(prompt.messages)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from blackbox_kd.align import Aligner, SoftLabels, learn_end_ids, same_tokenizer
+from blackbox_kd.align import Aligner, SoftLabels, StudentVocab, learn_end_ids, same_tokenizer
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.errors import AlignmentError, ModelError
 from blackbox_kd.progress import say
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.student.vocabulary import student_vocab
-from blackbox_kd.types import TeacherTokens
+from blackbox_kd.types import TeacherTokens, VocabToken
 
 NARROW = -5.0
 """Below this, text and logprobs are of two distributions."""
+LEARN_FROM = 2000
+"""Stored answers that an aligner looks at before it aligns others."""
 SMALLEST_TAIL = 1e-6
 """Of the mass outside the top-k; less is rounding."""
+
+
+Scored = tuple[str, TeacherTokens, list[int]]
+"""A text, the scorer's tokens and the student's tokens of it."""
 
 
 class Labelled(NamedTuple):
@@ -78,13 +84,13 @@ def surprise_z(scored: Iterable[TeacherTokens]) -> float:
     return deficit / variance**0.5 if variance > 0 else 0.0
 
 
-def label(corpus: Corpus, renderer: Renderer, model: str, scorer: str, answers: Sequence[tuple[str, str]]) -> Labelled:
+def label(corpus: Corpus, renderer: Renderer, model: str, by: str, answers: Sequence[tuple[str, str]]) -> Labelled:
     """Soft labels for whole answers, given as (completion_id, text as it is trained on).
 
-    `scorer` is who gave the logprobs, `model` whose tokens they are. What cannot be aligned is counted, and said: some
-    answers, or all of them where the student's tokenizer changes texts (see `student_vocab`).
+    `by` is the scorer that gave the logprobs, `model` whose tokens they are. What cannot be aligned is counted, and
+    said: some answers, or all of them where the student's tokenizer changes texts (see `student_vocab`).
     """
-    scored = corpus.scored_tokens([completion_id for completion_id, _ in answers], scorer)
+    scored = corpus.scored_tokens([completion_id for completion_id, _ in answers], by)
     none = Labelled([None] * len(answers), same=False)
     if not any(tokens.top_ids.size for tokens in scored.values()):
         return none
@@ -93,26 +99,48 @@ def label(corpus: Corpus, renderer: Renderer, model: str, scorer: str, answers: 
     except ModelError as error:
         say(f"no soft labels: {error}")
         return none
-    vocab = corpus.vocab(model)
-    ends = learn_end_ids(vocab, [(text, scored[i]) for i, text in answers if i in scored])
     triples = {i: (text, scored[i], renderer.completion(text)) for i, text in answers if i in scored}
-    same = same_tokenizer(vocab, student, triples.values(), end_ids=ends)
+    aligner = learnt(corpus.vocab(model), student, list(triples.values()))
+    return aligned(aligner, [triples.get(completion_id) for completion_id, _ in answers])
+
+
+def aligner_of(
+    corpus: Corpus, student: StudentVocab, renderer: Renderer, model: str, by: str, more: Sequence[Scored]
+) -> Aligner:
+    """An aligner for the scorer `by` of a model that has learnt from `more` and from stored whole answers."""
+    stored = corpus.whole_scored(by, LEARN_FROM)
+    tokens = corpus.scored_tokens([completion_id for completion_id, _ in stored], by)
+    texts = [(text.strip(), tokens[completion_id]) for completion_id, text in stored]
+    return learnt(
+        corpus.vocab(model), student, [*more, *((text, each, renderer.completion(text)) for text, each in texts)]
+    )
+
+
+def learnt(vocab: Mapping[int, VocabToken], student: StudentVocab, answers: Sequence[Scored]) -> Aligner:
+    """From whole answers: which tokens end one, whether there is one tokenizer, what comes of ambiguous tokens."""
+    ends = learn_end_ids(vocab, [(text, tokens) for text, tokens, _ in answers])
+    same = same_tokenizer(vocab, student, answers, end_ids=ends)
     aligner = Aligner(vocab, student, end_ids=ends, same=same)
-    aligner.observe(triples.values())
+    aligner.observe(answers)
+    return aligner
+
+
+def aligned(aligner: Aligner, answers: Sequence[Scored | None]) -> Labelled:
+    """Soft labels of each; what cannot be aligned has none, and is said."""
     labels, wrong = list[SoftLabels | None](), list[str]()
-    for completion_id, _ in answers:
+    for answer in answers:
         labels.append(None)
-        if completion_id in triples:
+        if answer is not None:
             try:
-                labels[-1] = aligner.align(*triples[completion_id])
+                labels[-1] = aligner.align(*answer)
             except AlignmentError as error:
                 wrong.append(str(error))
     if wrong:
         say(f"soft labels: {len(wrong)} of {len(answers)} answers have none, their tokens do not fit ({wrong[0]})")
-    z = surprise_z(scored.values())
+    z = surprise_z(answer[1] for answer in answers if answer is not None)
     if z < NARROW:
         say(
             f"soft labels: the answers are less surprising than their own logprobs promise (z {z:.1f}): the endpoint "
             "draws from a narrower distribution than it shows (a top_k or min_p of its own?), see teacher.extra_body"
         )
-    return Labelled(labels, same, z)
+    return Labelled(labels, aligner.same, z)

@@ -16,7 +16,7 @@ from blackbox_kd.algorithms.base import Outcome, ce_sample
 from blackbox_kd.hashing import phase_seed
 from blackbox_kd.model_card import write_card
 from blackbox_kd.progress import say
-from blackbox_kd.project import Config, Project
+from blackbox_kd.project import OnPolicyConfig, Project
 from blackbox_kd.rollout import Writer
 from blackbox_kd.student.ranks import Ranks
 from blackbox_kd.student.render import IGNORE, Rendered
@@ -33,9 +33,9 @@ def checkpoints(project: Project) -> list[str]:
     return ["sft", *(f"round-{r}" for r in range(1, project.config.onpolicy.rounds + 1))]
 
 
-def updater_of(config: Config, student: Student, start: Path, ranks: Ranks) -> Updater:
+def updater_of(loop: OnPolicyConfig, student: Student, start: Path, ranks: Ranks) -> Updater:
     """As the checkpoint `start` left it."""
-    state, loop = start / OPTIMIZER_FILE, config.onpolicy
+    state = start / OPTIMIZER_FILE
     return Updater(student, loop.update, state if state.exists() else None, loop.algorithm.losses, ranks)
 
 
@@ -46,7 +46,7 @@ class Trainee:
         """`start` is the checkpoint that the student has."""
         self.project, self.student, self.loop = project, student, project.config.onpolicy
         self.done = checkpoints(project).index(start.name)
-        self.ranks, self.updater = ranks, updater_of(project.config, student, start, ranks)
+        self.ranks, self.updater = ranks, updater_of(self.loop, student, start, ranks)
         self.looks = Looks(project, student)
 
     def write(self, round_: int) -> list[Rollout]:

@@ -25,8 +25,9 @@ Author = Literal["teacher", "student", "judge"]
 Purpose = Literal[
     "sample", "relabel", "prefix", "rubric", "judge", "score", "fork", "rollout", "evaluate", "probe"
 ]  # fmt: skip
-Endpoint = Literal["chat", "completions", "generate"]
-"""`chat`: POST /chat/completions. `completions`: POST /completions. `generate`: the student's own decoding."""
+Endpoint = Literal["chat", "completions", "native", "generate"]
+"""`chat`: POST /chat/completions. `completions`: POST /completions. `native`: SGLang's POST /generate, beside the /v1
+of the others. `generate`: the student's own decoding."""
 
 WIRE_VERSION = 1
 """Part of every `request_key`; raised when the meaning of a stored body changes."""
@@ -180,6 +181,17 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
         msgspec.structs.force_setattr(self, "completion_id", identity)
 
 
+class Scores(msgspec.Struct, frozen=True, kw_only=True):
+    """A completion as a scorer that did not write it sees it."""
+
+    completion_id: str
+    model: str
+    """The scorer's, whose tokens these are."""
+    logprobs: list[TokenLogprob]
+    text_bytes: bool = False
+    """As in `Completion`."""
+
+
 class Attempt(msgspec.Struct, frozen=True, kw_only=True):
     """One HTTP call, failures too."""
 
@@ -246,7 +258,7 @@ class TrainSample(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens to learn from. The trainer reads weights, never an algorithm's name."""
 
     sample_id: str
-    """completion_id of the text; training order follows it."""
+    """completion_id of the text."""
     input_ids: list[int]
     weights: Mapping[str, list[float]]
     """Loss component (`student.components`) -> one weight for each of `input_ids`; 0 on tokens it does not train.

@@ -44,6 +44,8 @@ class Dialect(msgspec.Struct, kw_only=True):
     """Forms that continue; with any other one it starts a new turn."""
     refuses_assistant_last: bool = False
     repeats_prefill: bool = False
+    strips_prefilled: bool = False
+    """What is new loses the space that it begins with."""
     prompt_logprobs: str = "ignored"
     """works, ignored, refused."""
     completions: str = "missing"
@@ -111,7 +113,8 @@ class Endpoint:
         start = len(tokens_of(before))
         drawn = self._drawn(body, words, draw)[start : start + limit]
         written = [(" " if start + i else "") + word for i, word in enumerate(drawn)]
-        text = (before if d.repeats_prefill else "") + "".join(written)
+        new = "".join(written).lstrip() if d.strips_prefilled else "".join(written)
+        text = (before if d.repeats_prefill else "") + new
         message = {"role": "assistant", "content": text} | ({"reasoning_content": d.reasoning} if d.reasoning else {})
         choice: dict[str, Any] = {"index": draw, "message": message, "finish_reason": "length"}
         return choice | self._logprobs(body, written, start, words)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from blackbox_kd.algorithms.base import Tools
@@ -11,7 +13,7 @@ from blackbox_kd.config import StudentConfig
 from blackbox_kd.lane import Lane
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.teachers.teacher import Teacher
-from blackbox_kd.types import Completion, Prompt, Rollout
+from blackbox_kd.types import Completion, Prompt, Rollout, TopK
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,15 @@ def renderer(tiny_model: Path) -> Renderer:
     return Renderer(tokenizer, [tokenizer.eos_token_id])
 
 
-def rollout(renderer: Renderer, question: str, draft: str, logprob: float = -1.0) -> Rollout:
+def top_of(ids: Sequence[int], sure: Sequence[float]) -> TopK:
+    """The drawn token with the probability `sure`, token 0 with what is left of it but 1%."""
+    p = np.array(sure)[:, None]
+    return TopK(np.array([[i, 0] for i in ids]), np.log(np.concatenate([p, 0.99 - p], 1)))
+
+
+def rollout(
+    renderer: Renderer, question: str, draft: str, logprob: float = -1.0, sure: Sequence[float] | None = None
+) -> Rollout:
     prompt = Prompt(messages=[{"role": "user", "content": question}], split="train", source="t")
     completion = Completion(
         request_key=prompt.prompt_id,
@@ -40,6 +50,7 @@ def rollout(renderer: Renderer, question: str, draft: str, logprob: float = -1.0
         prompt_ids=renderer.prompt(prompt.messages),
         completion_ids=ids,
         logprobs=[logprob] * len(ids),
+        top=top_of(ids, sure or [0.9] * len(ids)),
     )
 
 

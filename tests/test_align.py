@@ -237,6 +237,24 @@ def test_what_became_of_a_token_is_learnt() -> None:
     assert read(real, student) == [{"ab": 0.4, "b": 0.6}]
 
 
+def test_places_of_which_only_the_candidates_are_known() -> None:
+    """As by hand above, but what came of a drawn token is not to be seen: "a" is ambiguous also where it was drawn."""
+    student, vocab = student_of(["a", "b", "ab"]), vocab_of("a", "b", "", "<tool>")
+    aligner = Aligner(vocab, student, end_ids=[-3])
+    rows = tokens(
+        vocab,
+        ("a", 0.6, {"a": 0.6, "": 0.3, "b": 0.1}),
+        ("", 0.2, {"b": 0.7, "<tool>": 0.1}),  # the drawn one is not among the alternatives
+        ("b", 0.0, {"b": 0.9}),
+    )
+    labels = aligner.candidates(rows)
+    assert read(labels, student) == [{"$": 0.3, "b": 0.1}, {"b": 0.7, "$": 0.2}, {"b": 0.9}]
+    assert (labels.mapped, labels.ambiguous) == pytest.approx(((0.4 + 0.9 + 0.9) / 3, 0.6 / 3))
+    assert labels.unmapped == pytest.approx(0.1 / 3)
+    with pytest.raises(AlignmentError, match=r"sum up to 1\.30"):
+        aligner.candidates(tokens(vocab, ("a", 0.7, {"a": 0.7, "b": 0.6})))
+
+
 # --- odd things
 
 

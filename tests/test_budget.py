@@ -51,7 +51,13 @@ def ask(url: str, corpus: Corpus, requests: list[Request], run_id: str = RUN_ID,
 
 def test_a_prompt_has_no_more_tokens_than_bytes_and_what_a_template_adds() -> None:
     assert prompt_bound(BODY) == len("Grüß dich".encode()) + 16 + 16
-    assert prompt_bound({"prompt": "abc"}) == 3 + 16
+    assert (
+        prompt_bound({"prompt": "abc"})
+        == prompt_bound({"text": "abc"})
+        == prompt_bound({"prompt": [1, 2, 3]})
+        == 3 + 16
+    )
+    assert worst_case({"text": "abc", "sampling_params": {"max_new_tokens": 2}}).completion_tokens == 2
     assert prompt_bound(BODY | {"tools": [{"name": "look_up"}]}) > prompt_bound(BODY) + len("look_up")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import time
 from collections.abc import AsyncIterator, Callable
@@ -712,3 +713,14 @@ def test_every_error_of_a_teacher_exits_with_3() -> None:
 
     assert {kind.exit_code for kind in tree(TeacherError)} == {3}
     assert len(tree(TeacherError)) == 6
+
+
+def test_garbage_is_collected_as_before_once_the_engine_is_closed(corpus: Corpus) -> None:
+    async def thresholds() -> tuple[int, int]:
+        async with Engine(config("http://127.0.0.1:9/v1"), corpus, RUN_ID):
+            return gc.get_threshold()[0], before[0]
+
+    before = gc.get_threshold()
+    inside, outside = asyncio.run(thresholds())
+    assert inside > outside
+    assert gc.get_threshold() == before

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from blackbox_kd.errors import AlignmentError
-from blackbox_kd.losses import group_advantages, pair, policy_gradient
+from blackbox_kd.losses import bradley_terry, group_advantages, pair, policy_gradient
 
 ONE = torch.ones(1, 1)
 
@@ -171,3 +171,17 @@ def test_what_would_go_wrong_silently_is_an_error() -> None:
         pair(*logprobs()[:2], torch.zeros(1), torch.zeros(8), beta=0.1)
     with pytest.raises(AlignmentError, match="advantages has shape"):
         policy_gradient(torch.randn(2, 3, 4), *(torch.zeros(2, 3).long(),) * 2, torch.zeros(2, 1), ONE, clip=None)
+
+
+def test_bradley_terry_is_of_differences_and_of_the_whole_step() -> None:
+    chosen, rejected = torch.tensor([1.0, -2.0, 0.5], requires_grad=True), torch.tensor([0.0, 3.0, 0.5])
+    whole = bradley_terry(chosen, rejected)
+    assert float(whole.loss.detach()) == pytest.approx(
+        sum(math.log1p(math.exp(-m)) for m in (1.0, -5.0, 0.0)) / 3, rel=1e-6
+    )
+    assert whole.metrics == {"margin": pytest.approx(-4 / 3), "accuracy": pytest.approx(1 / 3)}
+    torch.testing.assert_close(bradley_terry(chosen + 7, rejected + 7).loss, whole.loss)
+    parts = [bradley_terry(chosen[i : i + 1], rejected[i : i + 1], normalizer=3).loss for i in range(3)]
+    torch.testing.assert_close(torch.stack(parts).sum(), whole.loss)
+    with pytest.raises(AlignmentError):
+        bradley_terry(chosen, rejected[:2])

@@ -13,13 +13,14 @@ import yaml
 
 from blackbox_kd.__main__ import main
 from blackbox_kd.corpus import Corpus
-from blackbox_kd.errors import ConfigError, TeacherRefused, TransientError
+from blackbox_kd.errors import AlignmentError, ConfigError, TeacherRefused, TransientError
 from blackbox_kd.teachers import checks, scores
 from blackbox_kd.teachers.base import Capabilities, Reply
 from blackbox_kd.teachers.caller import PATHS
 from blackbox_kd.teachers.checks import Answer
 from blackbox_kd.teachers.openai import OpenAITeacherConfig
-from blackbox_kd.teachers.probe import PREFILLS, capabilities, prefilled, probe
+from blackbox_kd.teachers.prefill import PREFILLS, prefilled, what_is_new
+from blackbox_kd.teachers.probe import capabilities, probe
 from blackbox_kd.types import Request
 from tests.conftest import GGUF, RUN_ID
 from tests.endpoints import Dialect, Endpoint
@@ -80,8 +81,8 @@ NO_LOGPROBS = {"top_logprobs_max": 0, "has_bytes": False, "determinism_nats": No
         (TOGETHER, {"prefill": "assistant_last", "scoring": "echo", **NO_LOGPROBS, "determinism_nats": 0.0}),
         (FIREWORKS, {"prefill": "assistant_last", "scoring": "echo", "top_logprobs_max": 5}),
         (VLLM, {"prefill": "continue_final_message", "scoring": "prompt_logprobs", "top_logprobs_max": 100}),
-        (LLAMA_CPP, {"prefill": "assistant_last", "scoring": "forced", "top_logprobs_max": 100, "n_max": 4,
-                     "token_ids": True}),
+        (LLAMA_CPP, {"prefill": "assistant_last", "prefill_reply": "whole", "scoring": "forced",
+                     "top_logprobs_max": 100, "n_max": 4, "token_ids": True}),
         (LLAMA_CPP_PYTHON, {"has_bytes": False, "n_max": 1}),
         (TRANSFORMERS, {**NO_LOGPROBS, "n_max": 1, "seed_honoured": False, "temperature_honoured": False}),
         (GEMINI, {**NO_LOGPROBS, "seed_honoured": False, "reasoning_hidden": True}),
@@ -96,7 +97,7 @@ NO_LOGPROBS = {"top_logprobs_max": 0, "has_bytes": False, "determinism_nats": No
 )  # fmt: skip
 def test_hosted_dialects(dialect: Dialect, expected: dict[str, Any]) -> None:
     usual = {"chat": True, "top_logprobs_max": 20, "has_bytes": True, "token_ids": False, "scoring": "none",
-             "prefill": "none", "n_max": 8, "seed_honoured": True, "temperature_honoured": True,
+             "prefill": "none", "prefill_reply": "new", "n_max": 8, "seed_honoured": True, "temperature_honoured": True,
              "determinism_nats": 0.0, "reasoning_hidden": False, "rate_headers": False}  # fmt: skip
     endpoint = Endpoint(dialect)
     found = probed(endpoint)
@@ -147,7 +148,28 @@ def test_servers_that_lie_are_not_believed(dialect: dict[str, Any], name: str, v
 @pytest.mark.parametrize("repeats", [True, False])
 def test_every_form_of_prefill_is_found(form: str, logprobs: str, repeats: bool) -> None:
     dialect = Dialect(prefill=(form,), logprobs=logprobs, repeats_prefill=repeats)
-    assert values(probed(Endpoint(dialect)))["prefill"] == form
+    found = values(probed(Endpoint(dialect)))
+    assert (found["prefill"], found["prefill_reply"]) == (form, "whole" if repeats else "new")
+
+
+@pytest.mark.parametrize("repeats", [True, False])
+def test_a_reply_that_lost_its_first_space_is_noticed(repeats: bool) -> None:
+    dialect = Dialect(prefill=("prefix",), repeats_prefill=repeats, strips_prefilled=True)
+    assert probed(Endpoint(dialect))["prefill_reply"] == (
+        "stripped", "what is new lacks the space that it should begin with"
+    )  # fmt: skip
+
+
+def test_what_is_new_is_told_by_what_the_probe_found() -> None:
+    assert what_is_new("A fox ran.", "A fox", "whole") == " ran."
+    assert what_is_new(" ran.", "A fox", "new") == " ran."
+    assert what_is_new("A A A", "A", "new") == "A A A"
+    with pytest.raises(AlignmentError, match=r"begins with .*'new'.*`probe`"):
+        what_is_new("A fox ran.", "A fox", "new")
+    with pytest.raises(AlignmentError, match=r"does not begin with .*'whole'"):
+        what_is_new(" ran.", "A fox", "whole")
+    with pytest.raises(AlignmentError, match="'stripped'"):
+        what_is_new("ran.", "A fox", "stripped")
 
 
 def test_a_prefilled_body_leaves_the_other_alone() -> None:
@@ -340,7 +362,8 @@ def test_an_older_corpus_gets_the_new_table(tmp_path: Path) -> None:
 def test_a_scripted_teacher_can_be_probed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["probe", "--config", project(tmp_path, {"provider": "scripted"}), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["capabilities"]
-    assert (found["chat"], found["top_logprobs_max"], found["scoring"], found["n_max"]) == (True, 1, "none", 1)
+    assert (found["chat"], found["top_logprobs_max"], found["n_max"]) == (True, 1, 1)
+    assert found["scoring"] == "prompt_logprobs"
 
 
 def test_a_rate_limit_is_no_answer_to_the_question() -> None:
@@ -357,6 +380,7 @@ def test_llama_cpp_really_is_what_the_probe_says(tmp_path: Path, capsys: pytest.
     assert found.pop("determinism_nats") < 1e-3
     assert found == {
         "chat": True, "top_logprobs_max": 100, "has_bytes": True, "token_ids": True, "scoring": "forced",
-        "prefill": "assistant_last", "n_max": 4, "seed_honoured": True, "temperature_honoured": True,
+        "prefill": "assistant_last", "prefill_reply": "whole", "n_max": 4, "seed_honoured": True,
+        "temperature_honoured": True,
         "reasoning_hidden": False, "rate_headers": False,
     }  # fmt: skip

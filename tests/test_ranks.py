@@ -16,6 +16,7 @@ from blackbox_kd.__main__ import main
 from blackbox_kd.corpus import query
 
 PREFERENCE = ["--onpolicy.algorithm", "{name: preference, rejected: fresh}"]
+GAD = ["--onpolicy.algorithm", "{name: gad, num_generations: 2, discriminator: {warmup_steps: 2, steps: 1}}"]
 LONELY = ["--onpolicy.update.batch_size", "1"]
 """Every step has one sample, so the second rank has none."""
 
@@ -41,7 +42,9 @@ def metrics(run: Path) -> dict[tuple[object, ...], float]:
     return {tuple(row[:3]): float(row[3]) for row in rows}
 
 
-@pytest.mark.parametrize("flags", [[], PREFERENCE, LONELY], ids=["relabel", "preference", "one sample a step"])
+@pytest.mark.parametrize(
+    "flags", [[], PREFERENCE, GAD, LONELY], ids=["relabel", "preference", "gad", "one sample a step"]
+)
 def test_two_processes_learn_what_one_does(trained: Path, flags: list[str]) -> None:
     one, two = trained.parent / "run", trained.parent / "two"
     shutil.copytree(one, two)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -472,3 +475,19 @@ def test_a_killed_sft_does_not_go_on_with_other_rows(tmp_path: Path) -> None:
     assert (tmp_path / "trainer" / "checkpoint-2").exists()
     sft.keep_if_same(tmp_path / "trainer", settings | {"rows": "b"})
     assert not (tmp_path / "trainer" / "checkpoint-2").exists()
+
+
+TELLS = """
+import sys
+from blackbox_kd.__main__ import main
+from huggingface_hub.utils import _telemetry
+sys.exit(main(["sft", "--config", sys.argv[1]]) or _telemetry._TELEMETRY_THREAD is not None)
+"""
+
+
+def test_nobody_is_told_of_a_training(project_file: Path) -> None:
+    assert main(["sample", "--config", str(project_file)]) == 0
+    here = {name: value for name, value in os.environ.items() if name not in ("CI", "HF_HUB_DISABLE_TELEMETRY")}
+    online = here | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody listens on this port
+    done = subprocess.run([sys.executable, "-c", TELLS, str(project_file)], env=online, check=False)
+    assert done.returncode == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -12,10 +13,16 @@ from pathlib import Path
 
 import httpx
 import pytest
+from msgspec.structs import replace
 
 from blackbox_kd.__main__ import main
-from tests.conftest import GGUF
+from blackbox_kd.corpus import Corpus
+from blackbox_kd.teachers.openai import OpenAITeacherConfig
+from blackbox_kd.teachers.teacher import Teacher
+from blackbox_kd.types import Completion, SamplingParams, TeacherTokens
+from tests.conftest import GGUF, RUN_ID
 from tests.fakes import unused_port
+from tests.records import prompt
 from tests.test_probe import project
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
@@ -74,8 +81,8 @@ def test_vllm_really_is_what_the_probe_says(vllm: str, tmp_path: Path, capsys: p
     assert found.pop("determinism_nats") < 1e-2
     assert found == {
         "chat": True, "top_logprobs_max": 100, "has_bytes": True, "token_ids": False, "scoring": "prompt_logprobs",
-        "prefill": "continue_final_message", "n_max": 8, "seed_honoured": True, "temperature_honoured": True,
-        "reasoning_hidden": False, "rate_headers": False,
+        "prefill": "continue_final_message", "prefill_reply": "new", "n_max": 8, "seed_honoured": True,
+        "temperature_honoured": True, "reasoning_hidden": False, "rate_headers": False,
     }, shown["details"]  # fmt: skip
 
 
@@ -83,3 +90,27 @@ def test_an_unknown_model_is_refused(vllm: str, tmp_path: Path, capsys: pytest.C
     path = project(tmp_path, {"provider": "openai", "model": "gpt-9", "base_url": vllm, "api_key_env": None})
     assert main(["probe", "--config", path]) == 3
     assert "gpt-9" in capsys.readouterr().err
+
+
+def test_vllm_scores_an_answer_as_it_wrote_it(vllm: str, corpus: Corpus) -> None:
+    """Drawn at temperature 1; then as if a student had written it. The end token is scored as well."""
+    config = OpenAITeacherConfig(model="smollm2", base_url=vllm, api_key_env=None,
+                                 capabilities={"scoring": "prompt_logprobs", "top_logprobs_max": 20})  # fmt: skip
+
+    async def ask() -> tuple[Completion, TeacherTokens]:
+        async with Teacher(config, corpus, RUN_ID) as teacher:
+            request = teacher.request(
+                prompt("Name a colour."), "sample", SamplingParams(max_completion_length=24, top_logprobs=5)
+            )
+            wrote = (await teacher.answers([request]))[request.request_key]
+            copy = replace(wrote, author="student")
+            return copy, (await teacher.score([(prompt("Name a colour."), copy)], top=5))[copy.completion_id]
+
+    wrote, scored = asyncio.run(ask())
+    tokens = wrote.logprobs or []
+    vocab = corpus.vocab("smollm2")
+    assert len(tokens) in (len(scored.token_ids), len(scored.token_ids) - 1)
+    assert [t.token for t in tokens] == [vocab[i].text for i in scored.token_ids.tolist()][: len(tokens)]
+    assert scored.token_logprobs[: len(tokens)] == pytest.approx([t.logprob for t in tokens], abs=5e-3)
+    assert vocab[int(scored.token_ids[-1])].text == "<|im_end|>"
+    assert scored.top_ids.shape == (len(scored.token_ids), 5)

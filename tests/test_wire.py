@@ -233,6 +233,23 @@ def warmed() -> Decoder:
     return decoder
 
 
+def test_bytes_that_are_left_out_come_back_for_tokens_that_may_be_cut_and_for_no_others() -> None:
+    def entry(text: str, *raw: int) -> dict[str, Any]:
+        return {"token": text, "logprob": -1.0, "bytes": list(raw)}
+
+    content = [
+        entry("a", 97) | {"top_logprobs": [entry("b", 98), entry("\ufffd", 0xE2)]},
+        entry("c", 99) | {"top_logprobs": [entry("d", 100)]},
+        entry("\\xe2", 0xE2) | {"top_logprobs": []},
+    ]
+    reply = json.dumps({"choices": [choice("acx") | {"logprobs": {"content": content}}]}).encode()
+    (answer,), _ = warmed().decode(reply, REQUEST, "teacher", 0)
+    assert answer.text_bytes
+    assert [(t.token, t.bytes) for t in answer.logprobs or []] == [("a", None), ("c", None), ("\\xe2", [0xE2])]
+    tops = [(t.token, t.bytes) for token in answer.logprobs or [] for t in token.top_logprobs]
+    assert tops == [("b", None), ("\ufffd", [0xE2]), ("d", None)]
+
+
 ODD_LOGPROBS = [
     '{"content":{}}', '{"content":"Hi"}', '{"content":[null]}', '{"content":["Hi"]}', "[]", "5", '"none"', "true",
     '{"content":[{"token":"Hi"}]}', '{"content":[{"token":"Hi","logprob":null}]}',
@@ -253,6 +270,15 @@ def test_odd_logprobs_cost_no_text_and_the_reason_is_kept(odd: str, warm: bool) 
     assert (answer.text, answer.finish_reason, answer.logprobs) == ("Hi", "stop", None)
     assert usage == answer.usage == usage_of(data) == Usage(prompt_tokens=7, completion_tokens=3)
     assert decoder.odd
+
+
+def test_every_kind_of_reply_says_what_it_cost() -> None:
+    bill = {"prompt_tokens": 7, "completion_tokens": 3}
+    completions = {"choices": [{"index": 0, "text": "Hi", "logprobs": None}], "usage": bill}
+    native = {"text": "Hi", "meta_info": {**bill, "cached_tokens": 2, "finish_reason": {"type": "length"}}}
+    assert usage_of(json.dumps(completions).encode()) == Usage(prompt_tokens=7, completion_tokens=3)
+    assert usage_of(json.dumps(native).encode()) == Usage(prompt_tokens=7, completion_tokens=3, cached_tokens=2)
+    assert usage_of(b"[]") == Usage()
 
 
 def test_half_a_character_in_a_text_is_shown_as_one_that_is_broken() -> None:

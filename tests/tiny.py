@@ -16,13 +16,13 @@ TEMPLATE = (
 TEXTS = ["Say 1 2 3 4 5 6 7 8 9 0", "user assistant system", "one two three four five six seven eight", "yes no"]
 
 
-def make_tiny(folder: Path, *, template: str = TEMPLATE, seed: int = 0) -> Path:
-    """Save the model and its tokenizer into a folder that `student.model` can name."""
+def make_tiny(folder: Path, *, template: str = TEMPLATE, seed: int = 0, vocab_size: int = 320) -> Path:
+    """Save the model and its tokenizer into a folder that `student.model` can name; 258 tokens are the bytes alone."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320,
+        vocab_size=vocab_size,
         special_tokens=["<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

@@ -59,7 +59,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     async def feedback(self, rollouts: Sequence[Rollout], round_: int) -> Outcome:
-        """Ask about the rollouts and make samples of the replies.
+        """Ask about the rollouts and make samples of the replies, in an order that repeats: that of the rollouts.
 
         Raises:
             TeacherError: the endpoint is gone or refuses.
@@ -97,6 +97,13 @@ class AlgorithmConfig(Section):
         """Whether it cannot do without the section `judge`."""
         return False
 
+    def resolve(self, can: Capabilities, prompts: int, calls: int | None) -> tuple[AlgorithmConfig, str]:
+        """The algorithm that is meant, and why: itself, but for `auto`.
+
+        `prompts` are those of all rounds, `calls` what the budget leaves for them; None where it sets no limit.
+        """
+        return self, ""
+
     def lacking(self, can: Capabilities) -> str | None:
         """What the endpoint would have to be able to do, and cannot; None where nothing is lacking."""
         return None
@@ -132,3 +139,22 @@ def on_completion(prompt_ids: list[int], values: Sequence[float] | float, size: 
     if len(inside) != size:
         raise AlignmentError(f"{len(inside)} values for {size} completion tokens")
     return [*[0.0] * len(prompt_ids), *inside]
+
+
+def advantages(rewards: list[list[float]], scale: Literal["none", "group", "batch"]) -> list[list[float]]:
+    """See `losses.group_advantages`."""
+    from blackbox_kd.losses import group_advantages
+
+    found: list[list[float]] = group_advantages(rewards, scale=scale).tolist()
+    return found
+
+
+def pg_sample(rollout: Rollout, advantage: float) -> TrainSample:
+    """Its tokens with their advantage, and the log-probs of the policy that drew them."""
+    size = len(rollout.completion_ids)
+    return TrainSample(
+        sample_id=rollout.completion.completion_id,
+        input_ids=[*rollout.prompt_ids, *rollout.completion_ids],
+        weights={"pg": on_completion(rollout.prompt_ids, advantage, size)},
+        logprobs={"old": on_completion(rollout.prompt_ids, rollout.logprobs, size)},
+    )

@@ -27,10 +27,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from uuid import UUID
 
-import numpy as np
 from pydantic import Field
 
-from blackbox_kd.algorithms.base import Algorithm, AlgorithmConfig, Outcome, Tools, ce_sample, on_completion
+from blackbox_kd import health
+from blackbox_kd.algorithms.base import (
+    Algorithm,
+    AlgorithmConfig,
+    Outcome,
+    Tools,
+    advantages,
+    ce_sample,
+    pg_sample,
+)
 from blackbox_kd.config import DiscriminatorConfig
 from blackbox_kd.hashing import content_id, phase_seed
 from blackbox_kd.judging import usable_text
@@ -135,10 +143,10 @@ class Gad(Algorithm):
         told = sum(len(group.rollouts) for group in groups)
         return Outcome(
             feedback=[f for each in judged for f in self._said(each)],
-            samples=self._warm_up(groups) if alarm == "chance" else self._advantages(judged),
+            samples=self._warm_up(groups) if alarm == "chance" else await self._advantages(judged),
             asked=len(rollouts),
             failed=len(rollouts) - told,
-            metrics={**metrics, **health(judged), "discriminator_alarm": float(alarm is not None)},
+            metrics={**metrics, **of_discriminator(judged), "discriminator_alarm": float(alarm is not None)},
             state={STATE_FILE: self._state or b"", HISTORY_FILE: json.dumps(self._accuracies).encode()},
         )
 
@@ -218,21 +226,12 @@ class Gad(Algorithm):
             for g in groups
         ]
 
-    def _advantages(self, judged: Sequence[Judged]) -> list[TrainSample]:
-        from blackbox_kd.losses import group_advantages
-
-        most = max(len(each.rewards) for each in judged)
-        rewards = [[*each.rewards, *[math.nan] * (most - len(each.rewards))] for each in judged]
-        advantages = group_advantages(rewards).tolist()
+    async def _advantages(self, judged: Sequence[Judged]) -> list[TrainSample]:
+        rows = await self._tools.lane.run(advantages, [each.rewards for each in judged], "group")
         return [
-            TrainSample(
-                sample_id=rollout.completion.completion_id,
-                input_ids=[*rollout.prompt_ids, *rollout.completion_ids],
-                weights={"pg": on_completion(rollout.prompt_ids, advantage, len(rollout.completion_ids))},
-                logprobs={"old": on_completion(rollout.prompt_ids, rollout.logprobs, len(rollout.completion_ids))},
-            )
-            for each, row in zip(judged, advantages, strict=True)
-            for rollout, advantage in zip(each.group.rollouts, row, strict=False)
+            pg_sample(rollout, advantage)
+            for each, row in zip(judged, rows, strict=True)
+            for rollout, advantage in zip(each.group.rollouts, row, strict=True)
             if advantage
         ]
 
@@ -269,7 +268,7 @@ def at_chance(found: float | None, prompts: int) -> bool:
     return found is None or found < 0.5 + max(0.05, 0.5 / math.sqrt(prompts))
 
 
-def health(judged: Sequence[Judged]) -> dict[str, float]:
+def of_discriminator(judged: Sequence[Judged]) -> dict[str, float]:
     """What is worth a look in each round; an accuracy that there are no pairs for is left out."""
     heldout, learnt = ([each for each in judged if each.group.heldout is side] for side in (True, False))
     found = {
@@ -278,22 +277,9 @@ def health(judged: Sequence[Judged]) -> dict[str, float]:
         "discriminator_train_accuracy": accuracy(learnt),
         "discriminator_heldout": float(len(heldout)),
     }
-    rewards = [reward for each in judged for reward in each.rewards]
-    if rewards:
-        found |= {
-            "reward": float(np.mean(rewards)),
-            "reward_teacher": float(np.mean([each.teacher for each in judged])),
-            "reward_length_correlation": length_correlation(judged),
-            "equal_answers": float(np.mean([same for each in judged for same in each.same])),
-        }
+    if judged:
+        found |= health.of_rewards([each.rewards for each in judged], [each.lengths for each in judged])
+        found["reward_teacher"] = sum(each.teacher for each in judged) / len(judged)
+        same = [value for each in judged for value in each.same]
+        found["equal_answers"] = sum(same) / len(same)
     return {name: value for name, value in found.items() if value is not None}
-
-
-def length_correlation(judged: Sequence[Judged]) -> float:
-    """Pearson's r of reward and length within groups, -1 to 1; 0 where either does not vary."""
-    rewards, lengths = (
-        np.concatenate([np.asarray(row) - np.mean(row) for row in rows])
-        for rows in ([each.rewards for each in judged], [each.lengths for each in judged])
-    )
-    size = float(np.linalg.norm(rewards) * np.linalg.norm(lengths))
-    return float(rewards @ lengths) / size if size else 0.0

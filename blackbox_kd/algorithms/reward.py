@@ -21,7 +21,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from blackbox_kd import health
-from blackbox_kd.algorithms.base import Algorithm, AlgorithmConfig, Outcome, Tools, ce_sample, on_completion
+from blackbox_kd.algorithms.base import Algorithm, AlgorithmConfig, Outcome, Tools, advantages, ce_sample, pg_sample
 from blackbox_kd.algorithms.grading import Graded, Grader, Group
 from blackbox_kd.errors import AlignmentError, ConfigError, TeacherError
 from blackbox_kd.hashing import content_id
@@ -231,22 +231,3 @@ def best_whole(group: list[Rollout], rewards: list[float]) -> Rollout | None:
     whole = [(r, value) for r, value in zip(group, rewards, strict=True) if r.completion.finish_reason == "stop"]
     best, value = max(whole, key=lambda pair: pair[1], default=(None, 0.0))
     return best if len(set(rewards)) > 1 and value > sum(rewards) / len(rewards) else None
-
-
-def advantages(rewards: list[list[float]], scale: Literal["none", "group", "batch"]) -> list[list[float]]:
-    """See `losses.group_advantages`."""
-    from blackbox_kd.losses import group_advantages
-
-    found: list[list[float]] = group_advantages(rewards, scale=scale).tolist()
-    return found
-
-
-def pg_sample(rollout: Rollout, advantage: float) -> TrainSample:
-    """Its tokens with their advantage, and the log-probs of the policy that drew them."""
-    size = len(rollout.completion_ids)
-    return TrainSample(
-        sample_id=rollout.completion.completion_id,
-        input_ids=[*rollout.prompt_ids, *rollout.completion_ids],
-        weights={"pg": on_completion(rollout.prompt_ids, advantage, size)},
-        logprobs={"old": on_completion(rollout.prompt_ids, rollout.logprobs, size)},
-    )

@@ -5,7 +5,8 @@
 
 from blackbox_kd.align.aligner import Aligner
 from blackbox_kd.align.labels import SoftLabels, check_not_shifted
+from blackbox_kd.align.spans import Span
 from blackbox_kd.align.spelling import learn_end_ids
 from blackbox_kd.align.vocab import StudentVocab, same_tokenizer
 
-__all__ = ["Aligner", "SoftLabels", "StudentVocab", "check_not_shifted", "learn_end_ids", "same_tokenizer"]
+__all__ = ["Aligner", "SoftLabels", "Span", "StudentVocab", "check_not_shifted", "learn_end_ids", "same_tokenizer"]

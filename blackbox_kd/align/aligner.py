@@ -27,6 +27,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, S
 import numpy as np
 
 from blackbox_kd.align.labels import NO_ID, SoftLabels, soft_labels
+from blackbox_kd.align.spans import Span, common_spans
 from blackbox_kd.align.spelling import lstrip, spell, starts
 from blackbox_kd.align.vocab import UNMAPPABLE, StudentVocab, ids_agree
 from blackbox_kd.errors import AlignmentError
@@ -109,14 +110,38 @@ class Aligner:
         rows, at, start = self._meet(text.encode(), teacher, student_ids)
         slots = self._slots(np.concatenate([teacher.top_ids[at], teacher.token_ids[at][:, None]], 1))
         p, drawn = self._masses(slots, teacher.top_logprobs[at], teacher.token_logprobs[at])
-        if p.sum(1).max(initial=0.0) > MOST_MASS:
-            raise AlignmentError(
-                f"the probabilities that the teacher shows for one token sum up to {p.sum(1).max():.2f}: its "
-                "alternatives do not belong to its tokens"
-            )
         student = np.asarray(student_ids, np.int64)
         image, share = self._mapped(slots, drawn, rows, student, start)
         return soft_labels(len(student), rows, image, share, p)
+
+    def spans(self, text: str, teacher: TeacherTokens, student_ids: Sequence[int]) -> list[Span]:
+        """The shortest runs of tokens that spell the same on both sides, in order; the end of both is one.
+
+        Raises:
+            AlignmentError: tokens of either side do not spell the text.
+        """
+        raw = text.encode()
+        student_starts, _ = self.student.starts(raw, student_ids)
+        teacher_starts = np.maximum(self._starts(raw, teacher.token_ids.tolist())[0], 0)
+        found = common_spans(student_starts, teacher_starts, len(raw))
+        last = self._slots(teacher.token_ids[-1:])
+        if len(last) and self._is_end[last[0]] and list(student_ids[-1:]) == [self.student.end_id]:
+            found.append(Span(*(slice(n - 1, n) for n in (len(student_ids), len(teacher.token_ids)))))
+        return found
+
+    def candidates(self, teacher: TeacherTokens) -> SoftLabels:
+        """Soft labels at T places in the middle of texts, of which nothing but the candidates is known.
+
+        As where one token is asked for behind a given text: what would have come of the drawn one is not to be seen, so
+        it counts as any other. Row t is about place t.
+
+        Raises:
+            AlignmentError: the probabilities of a row sum up to more than 1.
+        """
+        slots = self._slots(np.concatenate([teacher.top_ids, teacher.token_ids[:, None]], 1))
+        p, _ = self._masses(slots, teacher.top_logprobs, teacher.token_logprobs)
+        image, share = self._view(False, False).of(slots)
+        return soft_labels(len(slots), np.arange(len(slots)), image, share, p)
 
     def _slots(self, ids: np.ndarray) -> np.ndarray:
         """Where a token is in the tables; all that are in no vocabulary are in the last place."""
@@ -170,7 +195,13 @@ class Aligner:
             drawn[:, :-1] &= ~(cut & (np.abs(top_logprobs_RK - logprobs_R[:, None]) > _SAME_NATS))
         inside = (drawn[:, :-1] & (top_logprobs_RK > -np.inf)).any(1)
         last = np.where(inside | np.isnan(logprobs_R), -np.inf, logprobs_R)
-        return np.exp(np.concatenate([top_logprobs_RK, last[:, None]], 1)), drawn
+        p = np.exp(np.concatenate([top_logprobs_RK, last[:, None]], 1))
+        if p.sum(1).max(initial=0.0) > MOST_MASS:
+            raise AlignmentError(
+                f"the probabilities that the teacher shows for one token sum up to {p.sum(1).max():.2f}: its "
+                "alternatives do not belong to its tokens"
+            )
+        return p, drawn
 
     def _mapped(
         self, slots: np.ndarray, drawn: np.ndarray, rows: np.ndarray, student: np.ndarray, start: tuple[bool, bool]

@@ -27,7 +27,7 @@ def settled(con: duckdb.DuckDBPyConnection, keys: Sequence[str]) -> tuple[set[st
     con.execute("CREATE OR REPLACE TEMP TABLE asked AS SELECT unnest(?::UUID[]) AS request_key", [list(keys)])
     answered, dead = (
         con.execute(f"SELECT request_key::VARCHAR FROM asked SEMI JOIN {table} USING (request_key)").fetchall()
-        for table in ("completions", "dead_letters")
+        for table in ("answered", "dead_letters")
     )
     return {key for (key,) in answered}, {key for (key,) in dead}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -62,6 +63,15 @@ def history(path: Path, model: str) -> History:
     )
 
 
+def probed(path: Path, model: str, address: str) -> dict[str, Any]:
+    """What `probe` found of a model at an address, by name; empty where it did not look, or there is no corpus."""
+    if not path.exists():
+        return {}
+    with connect(path, read_only=True, wait_s=READ_WAIT_S) as con:
+        sql = "SELECT name, value FROM capabilities WHERE model = ? AND base_url = ?"
+        return {name: msgspec.json.decode(value) for name, value in con.execute(sql, [model, address]).fetchall()}
+
+
 def known(path: Path, keys: Sequence[str]) -> tuple[set[str], set[str]]:
     """Those of these requests that are answered, and those that are dead letters; none where there is no corpus."""
     if not path.exists():
@@ -76,6 +86,6 @@ def known(path: Path, keys: Sequence[str]) -> tuple[set[str], set[str]]:
                     [list(keys)],
                 ).fetchall()
             }
-            for table in ("completions", "dead_letters")
+            for table in ("answered", "dead_letters")
         )
     return answered, dead - answered

@@ -13,12 +13,12 @@ import pyarrow as pa
 from blackbox_kd.corpus import logprobs
 from blackbox_kd.corpus.journal import Answered, Record, Sent
 from blackbox_kd.corpus.logprobs import Vocabs
-from blackbox_kd.types import Completion
+from blackbox_kd.types import Completion, Scores
 
 Row = dict[str, Any]
 
 
-ONLY_WITH = {"logprobs": "AND EXISTS (FROM completions AS c WHERE c.completion_id = batch.completion_id::UUID)"}
+WITH_COMPLETION = "AND EXISTS (FROM completions AS c WHERE c.completion_id = batch.completion_id::UUID)"
 """A second answer to a question is left out (two runs asked at once), and so are its logprobs."""
 REFUSALS = (duckdb.DataError, duckdb.IntegrityError, duckdb.InvalidInputException, ValueError, OverflowError)
 """What is wrong with a record, by DuckDB, Arrow or Python, and not with the disk or the file."""
@@ -45,22 +45,29 @@ def insert(con: duckdb.DuckDBPyConnection, table: str, rows: list[Row], *, repla
     insert_table(con, table, pa.Table.from_pylist(rows, schema=schema), replace=replace)
 
 
-def insert_table(con: duckdb.DuckDBPyConnection, table: str, batch: pa.Table, *, replace: bool = False) -> None:
-    """Insert an Arrow table; see `insert`.
+def insert_table(
+    con: duckdb.DuckDBPyConnection, table: str, batch: pa.Table, *, replace: bool = False, only_with: str = ""
+) -> None:
+    """Insert an Arrow table; see `insert`. `only_with` is a further condition on its rows.
 
     INSERT OR IGNORE takes quadratic time where a table has two unique keys (16,000 rows: 78 s), hence the anti-join.
     """
-    con.register("batch", batch)
-    if replace:
-        con.execute(f"INSERT OR REPLACE INTO {table} BY NAME SELECT * FROM batch")
-    else:
-        same = " AND ".join(f"known.{key} = batch.{key}{cast}" for key, cast in KEYS[table].items())
-        con.execute(
-            f"""INSERT INTO {table} BY NAME SELECT * FROM batch
-                WHERE NOT EXISTS (FROM {table} AS known WHERE {same}) {ONLY_WITH.get(table, "")}
-                QUALIFY row_number() OVER (PARTITION BY {", ".join(KEYS[table])}) = 1"""
-        )
+    con.register("batch", batch if replace else batch.take(_new(con, table, batch, only_with)))
+    con.execute(f"INSERT {'OR REPLACE' if replace else ''} INTO {table} BY NAME SELECT * FROM batch")
     con.unregister("batch")
+
+
+def _new(con: duckdb.DuckDBPyConnection, table: str, batch: pa.Table, only_with: str) -> pa.Array:
+    """Places of the rows to insert. They are found by their keys alone: rows are wide."""
+    con.register("batch", batch.select([*KEYS[table]]).append_column("place", pa.array(range(len(batch)))))
+    same = " AND ".join(f"known.{key} = batch.{key}{cast}" for key, cast in KEYS[table].items())
+    places = con.execute(
+        f"""SELECT min(place) FROM batch
+            WHERE NOT EXISTS (FROM {table} AS known WHERE {same}) {only_with}
+            GROUP BY {", ".join(KEYS[table])}"""
+    ).fetchall()
+    con.unregister("batch")
+    return pa.array(sorted(place for (place,) in places), pa.int64())
 
 
 def ingest(
@@ -96,8 +103,8 @@ def _transact(con: duckdb.DuckDBPyConnection, records: list[Record], vocabs: Voc
         insert(con, "attempts", [_attempt_row(r) for r in answered] + lost)
         insert(con, "completions", [completion_row(c, r.attempt.run_id, r.attempt.attempted_at)
                                     for r in answered for c in r.completions])  # fmt: skip
-        scored = [(c, r.scorer) for r in answered for c in r.completions if c.logprobs]
-        insert_logprobs(con, scored, vocabs)
+        insert_logprobs(con, [(c, r.scorer) for r in answered for c in r.completions if c.logprobs], vocabs)
+        insert_logprobs(con, [(r.scores, r.scorer) for r in answered if r.scores], vocabs, only_with="")
         insert(con, "dead_letters", [_dead_row(r) for r in answered if r.dead_letter])
         con.execute("COMMIT")
     except BaseException:
@@ -149,11 +156,17 @@ def completion_row(completion: Completion, run_id: str, created_at: float) -> Ro
     return row | usage | {"run_id": run_id, "created_at": timestamp(created_at)}
 
 
-def insert_logprobs(con: duckdb.DuckDBPyConnection, scored: list[tuple[Completion, str]], vocabs: Vocabs) -> None:
-    """Rows of `logprobs` and the new tokens of `vocab`; `scored` = (completion with logprobs, scorer)."""
+def insert_logprobs(
+    con: duckdb.DuckDBPyConnection,
+    scored: Sequence[tuple[Completion | Scores, str]],
+    vocabs: Vocabs,
+    *,
+    only_with: str = WITH_COMPLETION,
+) -> None:
+    """Rows of `logprobs` and the new tokens of `vocab`; `scored` = (what has logprobs, scorer)."""
     for model in {c.model for c, _ in scored}:
         vocab = vocabs.of(con, model)
         batch = logprobs.table([(c, by) for c, by in scored if c.model == model], vocab)
         insert(con, "vocab", vocab.new)
         vocab.new = []
-        insert_table(con, "logprobs", batch)
+        insert_table(con, "logprobs", batch, only_with=only_with)

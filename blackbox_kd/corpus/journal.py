@@ -21,7 +21,7 @@ import msgspec
 from blackbox_kd.corpus.connection import still_wanted
 from blackbox_kd.errors import CorpusBusy, CorpusError
 from blackbox_kd.progress import say
-from blackbox_kd.types import Attempt, Completion
+from blackbox_kd.types import Attempt, Completion, Scores
 
 _FRAME = struct.Struct("<II")
 REFUSED = "refused.records"
@@ -46,6 +46,8 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True, tag="answered"):
     completions: list[Completion] = []
     scorer: str = ""
     """Whose logprobs the completions carry."""
+    scores: Scores | None = None
+    """By the same scorer, of a completion that is there already."""
     dead_letter: bool = False
     """Whether the request will not be asked again."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import duckdb
@@ -10,7 +11,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from blackbox_kd.types import Completion, TokenLogprob, TopLogprob
+from blackbox_kd.types import Completion, Scores, TokenLogprob, TopLogprob
 
 SENTINEL_LOGPROB = -9999.0
 """OpenAI's stand-in for `not among the likeliest`; stored as NULL."""
@@ -48,16 +49,19 @@ class Vocab:
 
     def ids_of(self, tokens: Sequence[TopLogprob], text_bytes: bool) -> list[int]:
         """`text_bytes`: bytes that are left out are those of the text."""
-        if any(t.id is not None and not -(1 << 31) <= t.id < 1 << 31 for t in tokens):
-            tokens = [msgspec.structs.replace(t, id=None) for t in tokens]  # no column holds them
         if tokens and tokens[0].id is not None:
+            if any(t.id is not None and not _fits(t.id) for t in tokens):
+                return self.ids_of([msgspec.structs.replace(t, id=None) for t in tokens], text_bytes)
             return [t.id if t.id is not None and t.id in self._ids else self._add(t, text_bytes) for t in tokens]
-        known = self._by_text[text_bytes].get
-        return [known(t.token) or self._add(t, text_bytes) for t in tokens]
+        ids: list[Any] = list(map(self._by_text[text_bytes].get, [t.token for t in tokens]))
+        if None in ids:
+            for place in [place for place, known in enumerate(ids) if known is None]:
+                ids[place] = self._add(tokens[place], text_bytes)
+        return ids
 
     def _add(self, token: TopLogprob, text_bytes: bool) -> int:
         raw = bytes(token.bytes) if token.bytes is not None else token.token.encode() if text_bytes else None
-        token_id = token.id
+        token_id = token.id if token.id is not None and _fits(token.id) else None
         if token_id is None:
             token_id = self._interned.setdefault((token.token, raw), -len(self._interned) - 1)
             if token.bytes is None and "\ufffd" not in token.token:  # a cut token is many tokens of one text
@@ -68,48 +72,57 @@ class Vocab:
         return token_id
 
 
+def _fits(token_id: int) -> bool:
+    """Whether the column holds it."""
+    return -(1 << 31) <= token_id < 1 << 31
+
+
 MASS_DECIMALS = 6
 """Of `missing_mass`; more would be noise that does not pack."""
 
-_ABSENT = TopLogprob(token="", logprob=-np.inf, id=0)
 
-
-def table(scored: Sequence[tuple[Completion, str]], vocab: Vocab) -> pa.Table:
+def table(scored: Sequence[tuple[Completion | Scores, str]], vocab: Vocab) -> pa.Table:
     """Rows of `logprobs` for completions (with the scorer of each): flat lists, T tokens and T * k alternatives."""
-    sizes, widths, mass = [], [], []
-    ids, values, top_ids, top_values = list[int](), list[float](), list[int](), list[float]()
+    sizes, widths = list[int](), list[int]()
+    ids, values, top_ids = list[int](), list[float](), list[int]()
+    mass, top_values, places = [np.array([])], [np.array([])], [np.array([], dtype=bool)]
     for completion, _ in scored:
         tokens: list[TokenLogprob] = completion.logprobs or []
-        k = max((len(token.top_logprobs) for token in tokens), default=0)
-        slots = [slot for token in tokens for slot in _padded(token.top_logprobs, k)]
-        shown = [slot.logprob for slot in slots]
+        tops = [token.top_logprobs for token in tokens]
+        shown = list(chain.from_iterable(tops))
+        shown_Tk, places_Tk = _padded([top.logprob for top in shown], [len(top) for top in tops])
         ids += vocab.ids_of(tokens, completion.text_bytes)
         values += [token.logprob for token in tokens]
-        top_ids += vocab.ids_of([slot for slot in slots if slot is not _ABSENT], completion.text_bytes)
-        top_values += shown
-        mass.append(_missing_mass(np.array(shown).reshape(len(tokens), k)))
+        top_ids += vocab.ids_of(shown, completion.text_bytes)
+        top_values.append(shown_Tk.ravel())
+        places.append(places_Tk.ravel())
+        mass.append(_missing_mass(shown_Tk))
         sizes.append(len(tokens))
-        widths.append(k)
-    places = np.array(top_values) != -np.inf
-    spread = np.zeros(len(top_values), dtype=np.int64)
-    spread[places] = top_ids
+        widths.append(shown_Tk.shape[1])
+    given = np.concatenate(places)
+    spread = np.zeros(len(given), dtype=np.int64)
+    spread[given] = top_ids
     slots_of = [size * k for size, k in zip(sizes, widths, strict=True)]
     return pa.table(
         {
             "completion_id": [completion.completion_id for completion, _ in scored],
             "scorer": [by for _, by in scored],
             "token_ids": _lists(pa.array(np.array(ids, dtype=np.int64)), sizes),
-            "token_logprobs": _lists(_nats(values), sizes),
-            "top_ids": _lists(pa.array(spread, mask=~places), slots_of),
-            "top_logprobs": _lists(_nats(top_values), slots_of),
+            "token_logprobs": _lists(_nats(np.array(values, dtype=np.float64)), sizes),
+            "top_ids": _lists(pa.array(spread, mask=~given), slots_of),
+            "top_logprobs": _lists(_nats(np.concatenate(top_values)), slots_of),
             "k": widths,
-            "missing_mass": _lists(pa.array(np.round(np.concatenate([*mass, []]), MASS_DECIMALS)), sizes),
+            "missing_mass": _lists(pa.array(np.round(np.concatenate(mass), MASS_DECIMALS)), sizes),
         }
     )
 
 
-def _padded(top: list[TopLogprob], k: int) -> list[TopLogprob]:
-    return top if len(top) == k else [*top, *[_ABSENT] * (k - len(top))]
+def _padded(logprobs: list[float], widths: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """What T tokens show, one after the other -> (T, k) with -inf where fewer than k were shown, and where not."""
+    places_Tk = np.arange(max(widths, default=0)) < np.array(widths, dtype=np.int64)[:, None]
+    shown_Tk = np.full(places_Tk.shape, -np.inf)
+    shown_Tk[places_Tk] = logprobs
+    return shown_Tk, places_Tk
 
 
 def _missing_mass(shown_TK: np.ndarray) -> np.ndarray:
@@ -119,10 +132,9 @@ def _missing_mass(shown_TK: np.ndarray) -> np.ndarray:
     return missing
 
 
-def _nats(values: list[float]) -> pa.Array:
-    array = np.array(values, dtype=np.float64)
-    hidden = array <= SENTINEL_LOGPROB
-    return pa.array(np.round(np.where(hidden, 0.0, array), DECIMALS).astype(np.float32), mask=hidden)
+def _nats(values: np.ndarray) -> pa.Array:
+    hidden = values <= SENTINEL_LOGPROB
+    return pa.array(np.round(np.where(hidden, 0.0, values), DECIMALS).astype(np.float32), mask=hidden)
 
 
 def _lists(flat: pa.Array, sizes: list[int]) -> pa.ListArray:

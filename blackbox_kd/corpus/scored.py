@@ -26,6 +26,18 @@ def tokens(con: duckdb.DuckDBPyConnection, completion_ids: Sequence[str], scorer
     }
 
 
+def whole(con: duckdb.DuckDBPyConnection, scorer: str, limit: int) -> list[tuple[str, str]]:
+    """(completion_id, text) of whole answers of the sequence-level stage with alternatives by `scorer`."""
+    return con.execute(
+        """SELECT c.completion_id::VARCHAR, c.text FROM completions c JOIN requests r USING (request_key)
+             JOIN logprobs l ON l.completion_id = c.completion_id
+           WHERE l.scorer = ? AND l.k > 0 AND r.purpose = 'sample' AND c.author = 'teacher' AND c.finish_reason = 'stop'
+             AND regexp_matches(c.text, '\\S')
+           ORDER BY c.completion_id LIMIT ?""",
+        [scorer, limit],
+    ).fetchall()
+
+
 def vocab(con: duckdb.DuckDBPyConnection, model: str) -> dict[int, VocabToken]:
     """token_id -> token of one model."""
     rows = con.execute("SELECT token_id, text, bytes FROM vocab WHERE model = ?", [model]).fetchall()

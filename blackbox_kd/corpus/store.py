@@ -161,6 +161,11 @@ class Corpus:
         with self.connect() as con:
             return scored.tokens(con, completion_ids, scorer)
 
+    def whole_scored(self, scorer: str, limit: int) -> list[tuple[str, str]]:
+        """(completion_id, text), by completion_id: whole answers of `sample` that have alternatives by `scorer`."""
+        with self.connect() as con:
+            return scored.whole(con, scorer, limit)
+
     def vocab(self, model: str) -> dict[int, VocabToken]:
         """All tokens of a model that were ever seen."""
         with self.connect() as con:

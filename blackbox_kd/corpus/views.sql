@@ -1,9 +1,18 @@
 -- Views for people. `blackbox-kd sql "from spend"`.
 
+-- Questions with an answer: a text, or a scorer's logprobs of the text that they name.
+CREATE OR REPLACE VIEW answered AS
+SELECT request_key FROM completions
+UNION ALL
+SELECT r.request_key FROM requests r
+JOIN logprobs l ON l.completion_id = r.completion_id
+               AND l.scorer = r.model || '@' || coalesce(r.context_hash::VARCHAR, 'bare')
+WHERE r.purpose = 'score';
+
 -- Asked for, not answered and not given up.
 CREATE OR REPLACE VIEW pending AS
 SELECT r.* FROM requests r
-ANTI JOIN completions c USING (request_key)
+ANTI JOIN answered a USING (request_key)
 ANTI JOIN dead_letters d USING (request_key)
 WHERE r.purpose <> 'probe';
 

@@ -14,8 +14,9 @@ from blackbox_kd.corpus.store import Corpus
 from blackbox_kd.errors import CorpusBusy, CorpusError
 from blackbox_kd.progress import say
 
-BATCH_S = 1.0
-"""Between two ingests; in between, the file is free. Opening and closing it takes as long as hundreds of rows."""
+BATCH_S, LONGEST_BATCH_S, FREE = 1.0, 3.0, 10
+"""Between two ingests, FREE times as long as the last one took, within these bounds; in between, the file is free.
+Opening and closing it takes as long as hundreds of rows."""
 SEGMENT_BYTES = 1 << 26
 """A journal segment that has grown so large is followed by another, and deleted once all of it is in DuckDB."""
 REFUSED_TO_STOP = 8
@@ -99,11 +100,14 @@ class Writer:
 
     def _run(self) -> None:
         try:
-            while not self._ended.wait(BATCH_S):
+            pause_s = BATCH_S
+            while not self._ended.wait(pause_s):
+                began = time.monotonic()
                 self._flush()
                 self._rotate()
                 if self._claims:
                     self._claims.free_settled(self.unstored)
+                pause_s = min(max(BATCH_S, FREE * (time.monotonic() - began)), LONGEST_BATCH_S)
         except BaseException as error:
             self._error = error
 

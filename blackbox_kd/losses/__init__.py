@@ -9,16 +9,16 @@ the model.
     logprobs   log q of given tokens, without a second (B, T, V)
     distil     cross_entropy, topk_kl and their mixture
     policy     policy_gradient, group_advantages
-    preference pair
+    preference pair, bradley_terry
 """
 
 from blackbox_kd.losses.base import LossOut
 from blackbox_kd.losses.distil import TAILS, Tail, cross_entropy, divergence, mix, topk_kl
 from blackbox_kd.losses.logprobs import token_logprobs
 from blackbox_kd.losses.policy import group_advantages, policy_gradient
-from blackbox_kd.losses.preference import pair
+from blackbox_kd.losses.preference import bradley_terry, pair
 
 __all__ = [
-    "TAILS", "LossOut", "Tail", "cross_entropy", "divergence", "group_advantages", "mix",
+    "TAILS", "LossOut", "Tail", "bradley_terry", "cross_entropy", "divergence", "group_advantages", "mix",
     "pair", "policy_gradient", "token_logprobs", "topk_kl",
 ]  # fmt: skip

@@ -61,3 +61,26 @@ def pair(
         loss = loss - anchor * chosen_P.sum() / chosen_tokens
         metrics |= means(chosen_tokens, nll=-chosen_P)
     return LossOut(loss, metrics)
+
+
+def bradley_terry(chosen_P: torch.Tensor, rejected_P: torch.Tensor, *, normalizer: float | None = None) -> LossOut:
+    """`- sum_p log sigmoid(chosen_p - rejected_p) / normalizer` on scores of P pairs (Bradley and Terry 1952).
+
+    As a reward model learns it (Ouyang et al. 2022, eq. 1), and the discriminator of GAD (2511.10643). Scores have no
+    zero: adding the same number to both changes nothing.
+
+    Args:
+        chosen_P: scores of the better texts.
+        rejected_P: of the others.
+        normalizer: pairs of the whole optimiser step; None: P.
+
+    Metrics: `margin` and `accuracy` (where it is above 0), sums over the pairs / normaliser.
+
+    Raises:
+        AlignmentError: shapes do not match.
+    """
+    check_rows(chosen_P.shape, rejected=rejected_P)
+    margin_P = at_least_float32(chosen_P) - at_least_float32(rejected_P)
+    normalizer = float(max(len(margin_P), 1)) if normalizer is None else normalizer
+    loss = -logsigmoid(margin_P).sum() / normalizer
+    return LossOut(loss, means(normalizer, margin=margin_P, accuracy=margin_P > 0))

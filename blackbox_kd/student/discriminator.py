@@ -1,8 +1,11 @@
 """A discriminator: how much a text looks like the teacher's, learnt from the teacher's text beside the student's.
 
-A sequence classifier with one output, under a small LoRA and a head of its own. It is trained by TRL's RewardTrainer,
-whose loss is that of GAD (2511.10643): the mean over pairs of `- log sigmoid(D(x, y_teacher) - D(x, y_student))`.
-Each text is scored by itself, so that there is no order in a pair that could be learnt instead.
+A sequence classifier with one output, under a small LoRA and a head of its own, trained as GAD does (2511.10643): the
+mean over pairs of `- log sigmoid(D(x, y_teacher) - D(x, y_student))`. Each text is scored by itself, so that there is
+no order in a pair that could be learnt instead.
+
+A step is that of TRL's RewardTrainer (a test compares them), which cannot be used itself: under `accelerate launch` it
+waits for all ranks, and only the first has a discriminator; and it seeds every generator of the process.
 """
 
 from __future__ import annotations
@@ -10,28 +13,27 @@ from __future__ import annotations
 import io
 import math
 import random
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NamedTuple
 
-import datasets
-import numpy as np
 import peft
 import torch
-from accelerate import Accelerator
+from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PrinterCallback
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as hf_logging
-from trl import RewardConfig, RewardTrainer
 
 from blackbox_kd.config import DiscriminatorConfig, StudentConfig
 from blackbox_kd.errors import ModelError, TrainingError
+from blackbox_kd.losses import bradley_terry
 from blackbox_kd.student.load import model_source, pick_device, pick_dtype
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.student.student import seeded
-from blackbox_kd.student.trainer import Unreported
+
+MAX_GRAD_NORM = 1.0
+"""As in TRL."""
 
 
 class Pair(NamedTuple):
@@ -57,14 +59,15 @@ class Discriminator:
         seed: int,
         state: bytes | None = None,
     ) -> None:
-        """`state` is what an earlier `state()` gave; None starts with a random head under `seed`.
+        """`state` is what an earlier `state()` gave under the same seed; None starts afresh.
+
+        What the model's file lacks is random under `seed`: the head, and an encoder's pooler, which is not in `state`.
 
         Raises:
             ModelError: the model cannot be loaded as a classifier.
         """
         self.config, self._renderer, self.device = config, renderer, pick_device(student)
-        # The precision of the update: RewardTrainer would make a state of its own, under the feet of the student's.
-        Accelerator(cpu=self.device.type == "cpu")
+        self._dtype = pick_dtype(student, self.device)
         name = config.model or student.model
         source = model_source(name)
         hf_logging.set_verbosity_error()  # that the head is new is known
@@ -75,7 +78,7 @@ class Discriminator:
                 base = AutoModelForSequenceClassification.from_pretrained(
                     source,
                     num_labels=1,
-                    dtype=pick_dtype(student, self.device),
+                    dtype=self._dtype,
                     use_safetensors=True,
                     trust_remote_code=False,
                 )
@@ -86,8 +89,11 @@ class Discriminator:
         self._tokenizer.truncation_side = "left"
         self._tokenizer.model_max_length = min(self._tokenizer.model_max_length, student.max_length)
         base.config.get_text_config().pad_token_id = self._tokenizer.pad_token_id  # the score is read before it
+        base.config.use_cache = False
         self.model.to(self.device).eval()
         parameters = [p for p in self.model.parameters() if p.requires_grad]
+        for parameter in parameters:
+            parameter.data = parameter.data.float()  # the head too: small steps are lost in bfloat16
         self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
         if state is not None:
             kept = torch.load(io.BytesIO(state), map_location=self.device, weights_only=True)
@@ -102,71 +108,46 @@ class Discriminator:
         return file.getvalue()
 
     def train(self, pairs: Sequence[Pair], *, steps: int, seed: int) -> float:
-        """The mean loss of so many optimiser steps on `pairs`, in a seeded order.
+        """The mean loss of so many optimiser steps on `pairs`, in a seeded order; no dropout, as in TRL.
 
         Raises:
             TrainingError: it is not a number.
         """
-        rows = {"chosen_ids": [self._read(p.teacher) for p in pairs],
-                "rejected_ids": [self._read(p.student) for p in pairs]}  # fmt: skip
-        with tempfile.TemporaryDirectory() as work, _all_seeded(seed, self.device):
-            trainer = _Trainer(
-                model=self.model,
-                args=self._arguments(work, steps, seed),
-                train_dataset=datasets.Dataset.from_dict(rows),
-                processing_class=self._tokenizer,
-                optimizers=(self.optimizer, None),
-            )
-            trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-                loss = float(trainer.train().training_loss)
-        self.model.eval()
-        if not math.isfinite(loss):
-            raise TrainingError(f"the discriminator's loss is {loss}: lower its learning_rate")
-        return loss
-
-    def _arguments(self, work: str, steps: int, seed: int) -> RewardConfig:
-        return RewardConfig(
-            output_dir=work,
-            max_steps=steps,
-            per_device_train_batch_size=self.config.batch_size,
-            learning_rate=self.config.learning_rate,
-            lr_scheduler_type="constant",
-            max_length=None,
-            seed=seed,
-            bf16=False,
-            use_cpu=self.device.type == "cpu",
-            accelerator_config={"use_configured_state": True},
-            activation_checkpointing=False,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=self.device.type != "cpu",
-        )
+        losses, parameters = [], self.optimizer.param_groups[0]["params"]
+        for batch in islice(_batches(pairs, self.config.batch_size, seed), steps):
+            scores_B = self._scores([*(pair.teacher for pair in batch), *(pair.student for pair in batch)])
+            loss = bradley_terry(*scores_B.chunk(2)).loss
+            loss.backward()  # type: ignore[no-untyped-call]
+            clip_grad_norm_(parameters, MAX_GRAD_NORM)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+        mean = sum(losses) / len(losses)
+        if not math.isfinite(mean):
+            raise TrainingError(f"the discriminator's loss is {mean}: lower its learning_rate")
+        return mean
 
     @torch.no_grad()
     def score(self, texts: Sequence[list[int]]) -> list[float]:
-        """D of each text, in eval mode. Only differences under one prompt mean something: the loss sees no others."""
-        scores: list[float] = []
-        for start in range(0, len(texts), self.config.batch_size):
-            rows = [torch.tensor(self._read(text)) for text in texts[start : start + self.config.batch_size]]
-            ids = pad_sequence(rows, batch_first=True, padding_value=self._tokenizer.pad_token_id)
-            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        """D of each text. Only differences under one prompt mean something: the loss sees no others."""
+        size = self.config.batch_size
+        return [d for i in range(0, len(texts), size) for d in self._scores(texts[i : i + size]).tolist()]
+
+    def _scores(self, texts: Sequence[list[int]]) -> torch.Tensor:
+        """(B,) float32."""
+        rows = [torch.tensor(self._read(text)) for text in texts]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self._tokenizer.pad_token_id)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        with torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32):
             made = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
-            scores += made.logits.float().squeeze(-1).tolist()
-        return scores
+        scores_B: torch.Tensor = made.logits.float().squeeze(-1)
+        return scores_B
 
     def _read(self, ids: list[int]) -> list[int]:
         if self.config.model is None:
             return ids
         text = self._renderer.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         return list(self._tokenizer(text, truncation=True)["input_ids"])
-
-
-class _Trainer(Unreported, RewardTrainer):  # type: ignore[misc]
-    """TRL's, in silence."""
 
 
 def _with_lora(base: Any, config: DiscriminatorConfig) -> Any:
@@ -183,13 +164,9 @@ def _with_lora(base: Any, config: DiscriminatorConfig) -> Any:
         return peft.get_peft_model(base, lora)
 
 
-@contextmanager
-def _all_seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """`seeded`, with Python's and numpy's generators put back too: a trainer seeds them all."""
-    python, arrays = random.getstate(), np.random.get_state()
-    try:
-        with seeded(seed, device):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)
+def _batches(pairs: Sequence[Pair], size: int, seed: int) -> Iterator[Sequence[Pair]]:
+    """Without end, each epoch in an order of its own."""
+    order, rng = list(pairs), random.Random(seed)
+    while order:
+        rng.shuffle(order)
+        yield from (order[i : i + size] for i in range(0, len(order), size))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -19,8 +18,9 @@ Unit = list[TrainSample]
 
 
 def batches(samples: Sequence[TrainSample], batch_size: int, max_steps: int, seed: int) -> list[list[Unit]]:
-    """Optimiser steps: epochs in a seeded order that starts from sample_id, so that it repeats exactly.
+    """Optimiser steps: epochs in a seeded order that starts from the given one, so that it repeats exactly.
 
+    Not from ids: those of rollouts depend on every bit of the policy, and a rounding error would make other batches.
     The last, smaller batch of an epoch is kept: no row is dropped.
     """
     order = units(samples)
@@ -33,10 +33,11 @@ def batches(samples: Sequence[TrainSample], batch_size: int, max_steps: int, see
 
 
 def units(samples: Sequence[TrainSample]) -> list[Unit]:
-    """By sample_id; the samples of a pair together."""
-    order = sorted(samples, key=lambda s: (s.pair_id or s.sample_id, s.sample_id))
-    numbered = groupby(enumerate(order), key=lambda item: item[1].pair_id or item[0])
-    return [[sample for _, sample in unit] for _, unit in numbered]
+    """In the given order; the samples of a pair together, where its first one stands."""
+    found: dict[str | int, Unit] = {}
+    for i, sample in enumerate(samples):
+        found.setdefault(sample.pair_id or i, []).append(sample)
+    return list(found.values())
 
 
 def tensors(samples: Sequence[TrainSample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

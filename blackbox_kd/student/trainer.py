@@ -24,7 +24,7 @@ from blackbox_kd.losses import cross_entropy, mix, topk_kl
 from blackbox_kd.student.render import IGNORE, Rendered
 from blackbox_kd.student.student import first_kept, logits_from
 
-__all__ = ["DistillationTrainer", "SoftCollator", "TrlConfig", "Unreported", "check_soft", "dataset"]
+__all__ = ["DistillationTrainer", "SoftCollator", "TrlConfig", "check_soft", "dataset"]
 
 TEACHER_COLUMNS = ("teacher_ids", "teacher_logprobs")
 """S * K numbers a row, for its S supervised tokens."""
@@ -86,15 +86,7 @@ class SoftCollator(DataCollatorForLanguageModeling):  # type: ignore[misc]
         return batch
 
 
-class Unreported:
-    """TRL reports each trainer that is built, and nobody asked for it. An environment variable would do where this is
-    the first to import huggingface_hub, which it is not."""
-
-    def _send_telemetry(self) -> None:
-        return
-
-
-class DistillationTrainer(Unreported, SFTTrainer):  # type: ignore[misc]
+class DistillationTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer whose rows may carry soft labels, and whose `eval_loss` is a mean over tokens, not over batches.
 
     loss = 1/N sum_t [ hard_t NLL_t + (1 - alpha) soft_t D_beta(teacher_t || student_t) ], with N supervised tokens in
@@ -124,6 +116,12 @@ class DistillationTrainer(Unreported, SFTTrainer):  # type: ignore[misc]
                         "set sft.trainer.router_aux_loss_coef to 0, or sft.soft_labels to false"
                     )
                 check_collated(self.data_collator, rows)
+
+    def _send_telemetry(self) -> None:
+        """TRL reports each trainer that is built; nobody asked for it.
+
+        An environment variable would be heard only by whoever is the first to import huggingface_hub.
+        """
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

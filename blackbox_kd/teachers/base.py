@@ -12,16 +12,19 @@ from pydantic import Field, field_validator
 
 from blackbox_kd.config import Section
 from blackbox_kd.errors import ConfigError
-from blackbox_kd.types import Usage
+from blackbox_kd.types import Completion, Endpoint, Request, Scores, Usage
 
 if TYPE_CHECKING:  # importing the SDK takes half a second
     from blackbox_kd.teachers.sdk import SdkTransport
 
-Scoring = Literal["prompt_logprobs", "echo", "forced", "none"]
-"""How given tokens are scored: in one call by either of two parameters, or one call a token (`logit_bias`)."""
+Scoring = Literal["prompt_logprobs", "echo", "generate", "forced", "none"]
+"""How given tokens are scored: in one call of any of three kinds, or one call a token (`logit_bias`): see `ways`."""
 
 Prefill = Literal["assistant_last", "continue_final_message", "prefix", "none"]
-"""What makes an endpoint continue an assistant's text: see `probe.PREFILLS`."""
+"""What makes an endpoint continue an assistant's text: see `prefill.PREFILLS`."""
+
+PrefillReply = Literal["whole", "new", "stripped"]
+"""The given text and what is new; what is new; the same without the whitespace that it begins with."""
 
 
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -36,6 +39,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Tokens come with the endpoint's own ids."""
     scoring: Scoring = "none"
     prefill: Prefill = "none"
+    prefill_reply: PrefillReply = "new"
+    """What the text of a reply holds where an assistant's text was continued."""
     n_max: int = 1
     """Different answers that it was seen to give in one reply."""
     seed_honoured: bool = False
@@ -61,11 +66,44 @@ class Reply(NamedTuple):
     """All of them, names in lower case."""
 
 
+class Call(NamedTuple):
+    """One POST."""
+
+    body: dict[str, Any]
+    endpoint: Endpoint = "chat"
+
+
+class Taken(NamedTuple):
+    """What a 200 says."""
+
+    completions: list[Completion] = []
+    usage: Usage = Usage()
+    scores: Scores | None = None
+
+
+class Way(Protocol):
+    """How a question becomes calls, one after the other, and their replies its answer."""
+
+    async def calls(self, request: Request) -> list[Call]:
+        """Raises:
+        RequestRejected: this cannot be asked.
+        """
+        ...
+
+    def read(self, request: Request, replies: list[Reply]) -> Taken:
+        """The answer in the replies to all calls; the usage is that of the last.
+
+        Raises:
+            TeacherError: there is none in them.
+        """
+        ...
+
+
 class Transport(Protocol):
     """Sends one body, once. Retrying, pacing and storing are the engine's."""
 
     async def send(self, body: dict[str, Any], path: str = "chat/completions") -> Reply:
-        """The reply, where it is a 200; `path` is below the base URL.
+        """The reply, where it is a 200; `path` is below the base URL, or with a slash in front below its host.
 
         Raises:
             TeacherError: by status, see `teachers.failures.error_of`.
@@ -130,6 +168,9 @@ class TeacherConfig(Section):
     """`max_completion_tokens` for OpenAI's newer models."""
     reasoning_effort: str | None = None
     """Sent as it is; null sends none."""
+    tokenizer: str | None = None
+    """Folder or hub id of the teacher's tokenizer with its chat template, for `scoring` by raw text (echo, generate);
+    null: the server is asked to render, as llama.cpp's can."""
     extra_body: dict[str, Any] = {}
     """Added to every body (and so to its key)."""
     omit_params: list[str] = []

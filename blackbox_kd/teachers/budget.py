@@ -59,7 +59,8 @@ class Amount:
 def prompt_bound(body: dict[str, Any]) -> int:
     """No fewer tokens than the prompt has: a token is at least one byte of UTF-8."""
     if "messages" not in body:
-        return len(str(body.get("prompt", "")).encode()) + MESSAGE_TOKENS
+        raw = body.get("prompt") or body.get("text") or ""
+        return (len(raw) if isinstance(raw, list) else len(str(raw).encode())) + MESSAGE_TOKENS
     extra = sum(len(str(body[key]).encode()) for key in ("tools", "response_format") if key in body)
     return extra + MESSAGE_TOKENS + sum(len(_text(m).encode()) + MESSAGE_TOKENS for m in body["messages"])
 
@@ -72,7 +73,8 @@ def _text(message: dict[str, Any]) -> str:
 
 def completion_bound(body: dict[str, Any]) -> int:
     """No fewer tokens than the answers can have; 0 where the body does not say."""
-    limit = next((int(body[name]) for name in LIMIT_PARAMS if body.get(name)), 0)
+    limits = {**body, "max_tokens": body.get("max_tokens") or (body.get("sampling_params") or {}).get("max_new_tokens")}
+    limit = next((int(limits[name]) for name in LIMIT_PARAMS if limits.get(name)), 0)
     return limit * int(body.get("n") or 1)
 
 

@@ -23,16 +23,16 @@ from blackbox_kd.errors import (
     TransientError,
 )
 from blackbox_kd.progress import say
-from blackbox_kd.teachers.base import Reply, TeacherConfig, Transport
+from blackbox_kd.teachers.base import Call, Reply, Taken, TeacherConfig, Transport
 from blackbox_kd.teachers.budget import Budget, completion_bound, prompt_bound
 from blackbox_kd.teachers.limiter import Limiter, Permit
 from blackbox_kd.teachers.work import Work
 from blackbox_kd.types import Attempt, Completion, Request, Usage, scorer
 
-Read = Callable[[Reply], tuple[list[Completion], Usage]]
-"""What a 200 says; it may raise a TeacherError."""
+Read = Callable[[Reply], Taken]
+"""It may raise a TeacherError."""
 
-PATHS = {"chat": "chat/completions", "completions": "completions"}
+PATHS = {"chat": "chat/completions", "completions": "completions", "native": "/generate"}
 SAY_WAIT_S = 5.0
 """A pause at the gate that a person should know of."""
 MOST_UNREADABLE = 2
@@ -48,6 +48,7 @@ class _Asking:
     """What a call is about."""
 
     request: Request
+    call: Call
     work: Work
     writer: Writer
     read: Read
@@ -60,7 +61,7 @@ class _Done:
     """What came of it."""
 
     reply: Reply = field(default_factory=lambda: Reply(b""))
-    completions: list[Completion] = field(default_factory=list)
+    taken: Taken = field(default_factory=Taken)
     failure: BaseException | None = None
     outcome: dict[str, Any] = field(default_factory=dict)
     """Fields of its `Attempt`."""
@@ -89,12 +90,16 @@ class Caller:
         writer: Writer,
         read: Read,
         *,
+        call: Call | None = None,
         bury: bool = True,
         max_retries: int | None = None,
     ) -> list[Completion]:
-        """One request until it is answered, rejected (a dead letter, if `bury`), or has failed too often."""
+        """One request until it is answered, rejected (a dead letter, if `bury`), or has failed too often.
+
+        `call` is what is sent for it, where that is not its own body.
+        """
         retries = self._config.max_retries if max_retries is None else max_retries
-        asking = _Asking(request, work, writer, read, bury, retries)
+        asking = _Asking(request, call or Call(request.body, request.endpoint), work, writer, read, bury, retries)
         try:
             return await self._call_once(asking)
         except (TransientError, RateLimited) as error:
@@ -120,7 +125,7 @@ class Caller:
         return await retrying(attempt)
 
     async def _call_once(self, asking: _Asking) -> list[Completion]:
-        body, stopped = asking.request.body, asking.work.is_stopped
+        body, stopped = asking.call.body, asking.work.is_stopped
         reserved = await self._budget.reserve(body, stopped)
         bound = prompt_bound(body) + completion_bound(body) if self.limiter.tokens.rate else 0
         try:
@@ -145,7 +150,7 @@ class Caller:
         if done.failure is not None:
             raise self._misdirected(done.failure) if asking.bury and self._is_misdirected(done) else done.failure
         self.answered += 1
-        return done.completions
+        return done.taken.completions
 
     async def _send(self, call: dict[str, Any], asking: _Asking) -> _Done:
         """The call itself; what goes wrong is part of the result."""
@@ -153,10 +158,10 @@ class Caller:
         done = _Done()
         try:
             asking.writer.submit(Sent(**call))
-            done.reply = await self.transport.send(asking.request.body, PATHS[asking.request.endpoint])
+            done.reply = await self.transport.send(asking.call.body, PATHS[asking.call.endpoint])
             done.outcome = {"status": 200, "billed": True, "server_request_id": done.reply.server_request_id}
-            done.completions, usage = asking.read(done.reply)
-            done.outcome |= {"usage": usage, "cost_usd": self._cost(usage)}
+            done.taken = asking.read(done.reply)
+            done.outcome |= {"usage": done.taken.usage, "cost_usd": self._cost(done.taken.usage)}
         except BaseException as error:
             done.failure = error
             done.outcome |= _failed(error)
@@ -165,7 +170,9 @@ class Caller:
     def _keep(self, asking: _Asking, attempt: Attempt, done: _Done) -> None:
         dead = asking.bury and isinstance(done.failure, RequestRejected) and not self._is_misdirected(done)
         by = scorer(asking.request.model, asking.request.context_hash)
-        asking.writer.submit(Answered(attempt=attempt, completions=done.completions, scorer=by, dead_letter=dead))
+        completions, _, scores = done.taken
+        answered = Answered(attempt=attempt, completions=completions, scorer=by, scores=scores, dead_letter=dead)
+        asking.writer.submit(answered)
 
     def _is_misdirected(self, done: _Done) -> bool:
         return isinstance(done.failure, TeacherError) and done.failure.status in (404, 405) and not self.answered

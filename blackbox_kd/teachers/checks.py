@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import msgspec
 
 from blackbox_kd.teachers import scores
-from blackbox_kd.teachers.base import Reply
+from blackbox_kd.teachers.base import PrefillReply, Reply
 from blackbox_kd.teachers.scores import TOLERANCE_NATS
 from blackbox_kd.types import TokenLogprob
 
@@ -56,7 +56,8 @@ def read(reply: Reply) -> Answer:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         return Answer(no=f"a 200 that cannot be read ({error})")
     answer = Answer(data, reply.headers) if isinstance(data, dict) else Answer()
-    return answer if answer.choices else Answer(no=f"a 200 without choices: {reply.data[:120]!r}")
+    said = answer.choices or scores.get(data, "meta_info")
+    return answer if said else Answer(no=f"a 200 without choices: {reply.data[:120]!r}")
 
 
 def agreement(wrote: Sequence[TokenLogprob], scored: Sequence[TokenLogprob], no: str = "") -> Verdict:
@@ -110,6 +111,15 @@ def continues(answer: Answer, given: Cut) -> Verdict:
     if new and (rest.startswith(new) or new.startswith(rest)):
         return True, "the answer goes on with the same words"
     return False, "ignored: the answer does not go on with the same words"
+
+
+def prefill_reply(answer: Answer, given: Cut) -> tuple[PrefillReply, str]:
+    """What the text of an answer that goes on holds. The cut is before a space, so that is how what is new begins."""
+    text = answer.texts[0]
+    new = text.removeprefix(given.prefix)
+    if not new[:1].isspace():
+        return "stripped", "what is new lacks the space that it should begin with"
+    return ("new", "the text is what is new") if new == text else ("whole", "the text begins with what was given")
 
 
 def hides_reasoning(answer: Answer) -> Verdict:

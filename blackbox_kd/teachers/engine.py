@@ -7,17 +7,20 @@ requests -> known already, or just being asked? -> short queue -> workers -> cal
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sized
-from contextlib import AsyncExitStack, aclosing
+import gc
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sized
+from contextlib import AsyncExitStack, aclosing, contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.corpus.claims import Claims
 from blackbox_kd.corpus.connection import still_wanted
 from blackbox_kd.corpus.writer import Writer
 from blackbox_kd.progress import counting, say
-from blackbox_kd.teachers.base import Reply, TeacherConfig
+from blackbox_kd.teachers.base import Reply, Taken, TeacherConfig, Transport, Way
 from blackbox_kd.teachers.batch.ledger import Ledger
 from blackbox_kd.teachers.budget import Budget, BudgetConfig
 from blackbox_kd.teachers.caller import Caller
@@ -26,12 +29,16 @@ from blackbox_kd.teachers.missing import MissingLogprobs
 from blackbox_kd.teachers.prices import price_of
 from blackbox_kd.teachers.wire import Decoder, usage_of
 from blackbox_kd.teachers.work import Work
-from blackbox_kd.types import Author, Completion, Request, Usage
+from blackbox_kd.types import Author, Completion, Request
 
 CHUNK = 2048
 """Questions that are looked up in the corpus at once; no more of them are held in memory."""
 DYING_S = 0.1
 """A process that is killed lets go of its claims, and a moment later of its journal."""
+
+
+GC_THRESHOLD = 100_000
+"""Objects. Answers are many, and none of them is garbage in a cycle; Python's 700 took a tenth of the CPU time."""
 
 
 class Engine:
@@ -65,6 +72,7 @@ class Engine:
         self.missing = MissingLogprobs(config.require_logprobs)
 
     async def __aenter__(self) -> Engine:
+        self._stack.enter_context(_rare_garbage_collection())
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -84,11 +92,13 @@ class Engine:
         total: int | None = None,
         round_: int = 0,
         known: bool = True,
+        way: Way | None = None,
         description: str = "asking the teacher",
     ) -> AsyncIterator[Completion]:
         """Every answer to every request, in order of arrival; those that the corpus has only if `known`.
 
         `requests` may be a generator of any length (`total`, where it has no len): a few thousand are held at once.
+        Each is one call that is read as a chat completion, unless there is another `way`.
         A request that the endpoint rejects becomes a dead letter and yields nothing; one that keeps failing stays
         pending for the next start.
 
@@ -106,7 +116,8 @@ class Engine:
             total,
             drain_s=self._config.timeout_s,
         )
-        async with aclosing(self._answers(work, requests, round_, known)) as answers:
+        ask = partial(self._ask_by, way) if way else partial(self._ask, round_)
+        async with aclosing(self._answers(work, requests, ask, known)) as answers:
             async for completions in answers:
                 for completion in completions:
                     yield completion
@@ -120,12 +131,12 @@ class Engine:
         """
         replies = []
 
-        def read(reply: Reply) -> tuple[list[Completion], Usage]:
+        def read(reply: Reply) -> Taken:
             replies.append(reply)
-            return [], usage_of(reply.data)
+            return Taken(usage=usage_of(reply.data))
 
         await asyncio.to_thread(self._corpus.add_requests, [request])
-        await self._connect()
+        await self.transport()
         with Writer(self._corpus) as writer:
             await self.caller.call(
                 request,
@@ -138,7 +149,7 @@ class Engine:
         return replies[-1]
 
     async def _answers(
-        self, work: Work, requests: Iterable[Request], round_: int, known: bool
+        self, work: Work, requests: Iterable[Request], ask: Callable[..., Any], known: bool
     ) -> AsyncGenerator[list[Completion], None]:
         with (
             Claims(self._corpus.path, work.open) as claims,
@@ -148,7 +159,7 @@ class Engine:
             self._open.append(work)
             work.start(
                 self._produce(work, requests, writer, claims, known),
-                lambda request: self._ask(request, work, writer, round_),
+                lambda request: ask(request, work, writer),
             )
             beating = Pulse(work, self.caller, self.budget, progress, self._run_id, self.run_dir, self._corpus.journal)
             async with beating:
@@ -196,7 +207,7 @@ class Engine:
         self.cached += len(found.answered)
         work.looked_up(len(chunk), len(found.answered), len(dead), len(todo), len(aside))
         if todo:
-            await self._connect()
+            await self.transport()
         for request in todo:
             await work.put(request)
         return [request for key, request in unique.items() if key in aside]
@@ -211,7 +222,8 @@ class Engine:
                 for request in (await asyncio.to_thread(self._corpus.requests, batch.keys)).values():
                     self.budget.commit(request.body)
 
-    async def _connect(self) -> None:
+    async def transport(self) -> Transport:
+        """Connected with the first use."""
         async with self._connecting:
             if self.caller.transport is None:
                 if not self.budget.is_counted:  # later it would forget what is not in the corpus yet
@@ -219,13 +231,38 @@ class Engine:
                 self.caller.transport = await self._stack.enter_async_context(self._config.connect())
         if len(self._open) <= 1:
             self.caller.limiter.begin()
+        return self.caller.transport
 
-    async def _ask(self, request: Request, work: Work, writer: Writer, round_: int) -> list[Completion]:
-        def read(reply: Reply) -> tuple[list[Completion], Usage]:
-            return self._decoder.decode(reply.data, request, self._author, round_)
+    async def _ask(self, round_: int, request: Request, work: Work, writer: Writer) -> list[Completion]:
+        def read(reply: Reply) -> Taken:
+            return Taken(*self._decoder.decode(reply.data, request, self._author, round_))
 
         completions = await self.caller.call(request, work, writer, read)
         self.asked += 1
         self.missing.note(request, completions, self._decoder.odd)
         self.missing.check()
         return completions
+
+    async def _ask_by(self, way: Way, request: Request, work: Work, writer: Writer) -> list[Completion]:
+        """The calls of one question, in order; a kill between them loses what they said."""
+        replies: list[Reply] = []
+
+        def read(number: int, reply: Reply) -> Taken:
+            replies[number:] = [reply]
+            return way.read(request, replies) if number == len(calls) - 1 else Taken(usage=usage_of(reply.data))
+
+        calls = await way.calls(request)
+        for number, call in enumerate(calls):
+            completions = await self.caller.call(request, work, writer, partial(read, number), call=call)
+        self.asked += 1
+        return completions
+
+
+@contextmanager
+def _rare_garbage_collection() -> Iterator[None]:
+    young, *old = gc.get_threshold()
+    gc.set_threshold(max(young, GC_THRESHOLD), *old)
+    try:
+        yield
+    finally:
+        gc.set_threshold(young, *old)

@@ -5,7 +5,7 @@ Parameters are dropped, capped and misread in silence by servers and gateways al
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
 import msgspec
@@ -14,15 +14,14 @@ from blackbox_kd.corpus import Corpus
 from blackbox_kd.errors import RequestRejected, TeacherRefused, TransientError
 from blackbox_kd.hashing import content_id
 from blackbox_kd.teachers import checks, scores
-from blackbox_kd.teachers.base import Capabilities, Prefill, Reply, TeacherConfig
+from blackbox_kd.teachers.base import Capabilities, Reply, TeacherConfig
 from blackbox_kd.teachers.checks import Answer, Verdict
-from blackbox_kd.teachers.wire import chat_body
+from blackbox_kd.teachers.prefill import PREFILLS, Body, prefilled
+from blackbox_kd.teachers.wire import chat_body, native_body
 from blackbox_kd.types import Endpoint, Message, Request, SamplingParams
 
 Ask: TypeAlias = Callable[[Request], Awaitable[Reply]]
 """Sends one request; raises a TeacherError where the reply is no 200."""
-
-Body: TypeAlias = dict[str, Any]
 
 QUESTION: list[Message] = [
     {"role": "user", "content": "Write one surprising sentence about a fox and a lighthouse."},
@@ -39,19 +38,6 @@ REASONING_TOKENS = 1024
 HOSTED_TOP = 20
 """What the hosted APIs allow at most; an endpoint that gives so many is asked for MORE_TOP."""
 MORE_TOP = 100
-
-PREFILLS: Mapping[Prefill, tuple[Body, Body]] = {
-    "assistant_last": ({}, {}),
-    "continue_final_message": ({}, {"continue_final_message": True, "add_generation_prompt": False}),
-    "prefix": ({"prefix": True}, {}),
-}
-"""Form -> what it adds to the assistant's message at the end, and to the body; the plainest first."""
-
-
-def prefilled(body: Body, text: str, form: Prefill) -> Body:
-    """A chat body whose answer begins with `text`. Some replies repeat the text, others hold only what is new."""
-    message, parameters = PREFILLS[form]
-    return {**body, **parameters, "messages": [*body["messages"], {"role": "assistant", "content": text, **message}]}
 
 
 def capabilities(corpus: Corpus, config: TeacherConfig) -> Capabilities:
@@ -180,21 +166,26 @@ class _Probing:
         """Give back a part of the greedy answer; in the form that works, the rest follows."""
         given = checks.cut(self.greedy.texts[0], self.greedy.tokens) if self.greedy.choices else None
         self.found["prefill"] = "none", self.greedy.no or "no text to cut"
+        self.found["prefill_reply"] = "new", "nothing was continued"
         if given is None:
             return
         said = []
         for form in PREFILLS:
             body = prefilled(self.chat(top=self.top, tokens=PREFILL_TOKENS), given.prefix, form)
-            works, why = checks.continues(await self.send(body), given)
+            answer = await self.send(body)
+            works, why = checks.continues(answer, given)
             said.append(f"{form}: {why}")
             self.found["prefill"] = form if works else "none", "; ".join(said)
             if works:
+                self.found["prefill_reply"] = checks.prefill_reply(answer, given)
                 break
 
     async def scoring(self) -> None:
         """The first way that gives what the endpoint gave when it wrote the same tokens; the cheapest first."""
         said = []
-        for way, check in (("prompt_logprobs", self._prompt_logprobs), ("echo", self._echo), ("forced", self._forced)):
+        checks_of = {"prompt_logprobs": self._prompt_logprobs, "echo": self._echo, "generate": self._generate,
+                     "forced": self._forced}  # fmt: skip
+        for way, check in checks_of.items():
             works, why = await check()
             said.append(f"{way}: {why}")
             self.found["scoring"] = way if works else "none", "; ".join(said)
@@ -217,6 +208,14 @@ class _Probing:
             return False, self.opening.no or "no logprobs to check it by"
         answer = await self.send(self.completion(OPENING + self.opening.texts[0], echo=True), "completions")
         return checks.agreement(wrote, scores.echoed_tokens(answer.data), answer.no)
+
+    async def _generate(self) -> Verdict:
+        """SGLang's own endpoint."""
+        if not self.opening.tokens:
+            return False, self.opening.no or "no logprobs to check it by"
+        body = native_body(self.config, OPENING + self.opening.texts[0], 1)
+        answer = await self.send(body, "native")
+        return checks.agreement(self.opening.tokens, scores.native_tokens(answer.data), answer.no)
 
     async def _forced(self) -> Verdict:
         """One token a call, by `logit_bias`: an unlikely one must keep the logprob that it had as an alternative."""

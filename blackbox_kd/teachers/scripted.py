@@ -17,6 +17,8 @@ from blackbox_kd.teachers.base import Reply, TeacherConfig, Transport
 Script = Callable[[dict[str, Any]], str]
 """Body of a question -> text of the answer; it may raise a TeacherError."""
 
+END = "<|end|>"
+
 _environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
 
 
@@ -25,6 +27,9 @@ class ScriptedTeacherConfig(TeacherConfig):
 
     provider: Literal["scripted"] = "scripted"
     model: str = "scripted"
+    capabilities: dict[str, Any] = {
+        "prefill": "assistant_last", "scoring": "prompt_logprobs", "top_logprobs_max": 1, "has_bytes": True,
+    }  # fmt: skip
     reply: str = "You said: {{ text }}"
     """Jinja text; {{ text }} is the last message, {{ messages }} all of them."""
 
@@ -64,26 +69,37 @@ class ScriptedTransport:
         self.bodies: list[dict[str, Any]] = []
 
     async def send(self, body: dict[str, Any], path: str = "chat/completions") -> Reply:
-        """A chat completion whose tokens are its words, with made-up but repeatable logprobs."""
+        """A chat completion whose tokens are its words, with made-up but repeatable logprobs.
+
+        With `prompt_logprobs` also those of the last message, and of the token that ends it.
+        """
         if path != "chat/completions":
             raise RequestRejected(f"the scripted teacher has no /{path}", status=404)
         self.bodies.append(body)
         text = self._script(body)
-        words = [word if i == 0 else f" {word}" for i, word in enumerate(text.split(" "))]
+        words = _words(text)
+        shown = words[: body.get("max_tokens")]
         choice: dict[str, Any] = {
             "index": 0,
-            "message": {"role": "assistant", "content": text},
-            "finish_reason": "stop",
+            "message": {"role": "assistant", "content": "".join(shown)},
+            "finish_reason": "stop" if shown == words else "length",
         }
         if body.get("logprobs"):
-            choice["logprobs"] = {"content": [_token(word) for word in words]}
+            choice["logprobs"] = {"content": [_token(word) for word in shown]}
         prompt_tokens = sum(len(message["content"].split()) for message in body["messages"])
         reply = {
             "model": body["model"],
             "choices": [choice],
-            "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": len(words)},
+            "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": len(shown)},
         }
+        if "prompt_logprobs" in body:
+            given = [*_words(body["messages"][-1]["content"]), END]
+            reply["prompt_logprobs"] = [None, *({f"<{w}>": _token(w) | {"decoded_token": w}} for w in given)]
         return Reply(json.dumps(reply).encode())
+
+
+def _words(text: str) -> list[str]:
+    return [word if i == 0 else f" {word}" for i, word in enumerate(text.split(" ")) if i or word or not text]
 
 
 def _token(word: str) -> dict[str, Any]:

@@ -34,7 +34,8 @@ class SdkTransport:
 
     async def send(self, body: dict[str, Any], path: str = "chat/completions") -> Reply:
         """See `base.Transport`."""
-        response = await self.call(self.client.post(f"/{path}", body=body, cast_to=httpx2.Response))
+        url = str(self.client.base_url.join(path)) if path.startswith("/") else f"/{path}"
+        response = await self.call(self.client.post(url, body=body, cast_to=httpx2.Response))
         data = self.mask(response.content)
         if response.status_code != 200:
             raise error_of(response.status_code, data, response.headers)

@@ -9,12 +9,14 @@ from typing import Any
 from blackbox_kd.config import SampleConfig
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.prompts import PrivateContext
-from blackbox_kd.teachers.base import Capabilities, TeacherConfig
+from blackbox_kd.teachers.base import Capabilities, Prefill, TeacherConfig
 from blackbox_kd.teachers.budget import Budget, BudgetConfig
 from blackbox_kd.teachers.engine import Engine
+from blackbox_kd.teachers.prefill import turn
 from blackbox_kd.teachers.probe import capabilities
+from blackbox_kd.teachers.scoring import Scorer
 from blackbox_kd.teachers.wire import chat_body
-from blackbox_kd.types import Author, Completion, Message, Prompt, Purpose, Request, SamplingParams
+from blackbox_kd.types import Author, Completion, Message, Prompt, Purpose, Request, SamplingParams, TeacherTokens
 
 Ask = Callable[..., AsyncIterator[Completion]]
 """`complete(requests, description=...)`."""
@@ -42,23 +44,31 @@ class Questions:
         messages: list[Message] | None = None,
         context: PrivateContext | None = None,
         completion_id: str | None = None,
+        given: str | None = None,
+        form: Prefill = "none",
         parameters: Mapping[str, Any] | None = None,
     ) -> Request:
         """A question about a prompt.
 
         `messages` replaces the prompt's own (a rewrite shows a draft), `context` the teacher's private part;
-        `completion_id` names the student's text that it is about; `parameters` are added to the body, unless the
-        endpoint does not accept them (`omit_params`). At temperature 0 there is only draw 0.
+        `completion_id` names the student's text that it is about. `given` is the beginning of that text, which the
+        teacher is to go on with, by the prefill `form` of its capabilities. `parameters` are added to the body, unless
+        the endpoint does not accept them (`omit_params`). At temperature 0 there is only draw 0.
         """
         context = context or self.context
         sample_idx = sample_idx if sampling.temperature > 0 else 0
+        asked, more = context.wrap(messages or prompt.messages), dict[str, Any]()
+        if given is not None:
+            message, more = turn(given, form)
+            asked = [*asked, message]
         return Request(
             purpose=purpose,
             prompt_id=prompt.prompt_id,
-            body=chat_body(self.config, context.wrap(messages or prompt.messages), sampling, sample_idx, parameters),
+            body=chat_body(self.config, asked, sampling, sample_idx, parameters) | more,
             sample_idx=sample_idx,
             context_hash=context.context_hash,
             completion_id=completion_id,
+            cut_byte=None if given is None else len(given.encode()),
         )
 
 
@@ -82,6 +92,7 @@ class Teacher(Questions):
         super().__init__(config, sample)
         self.corpus, self.run_id = corpus, run_id
         self.engine = Engine(config, corpus, run_id, author, caps=caps, run_dir=run_dir, beside=beside)
+        self._scorer: Scorer | None = None
 
     @property
     def capabilities(self) -> Capabilities:
@@ -125,3 +136,29 @@ class Teacher(Questions):
             pass
         found = self.corpus.answers([request.request_key for request in requests])
         return {key: choices[0] for key, choices in found.items()}
+
+    async def score(
+        self, items: Sequence[tuple[Prompt, Completion]], *, top: int, round_: int = 0
+    ) -> dict[str, TeacherTokens]:
+        """completion_id -> the teacher's tokens of a text that somebody else wrote, with `top` alternatives each.
+
+        The last one is the token that ends an answer, scored whether or not the text ended there. What the endpoint
+        cannot score is left out. See `scoring`.
+
+        Raises:
+            TeacherRefused: the endpoint cannot score, or its scores are not believed.
+        """
+        self._scorer = self._scorer or Scorer(self.config, self.corpus, self.engine, self.capabilities)
+        requests = {
+            completion.completion_id: self._scorer.request(
+                self.context.wrap(prompt.messages),
+                completion.text,
+                top=top,
+                prompt_id=prompt.prompt_id,
+                context_hash=self.context.context_hash,
+                about=completion.completion_id,
+            )
+            for prompt, completion in items
+        }
+        scored = await self._scorer.score(list(requests.values()), round_)
+        return {i: scored[r.request_key] for i, r in requests.items() if r.request_key in scored}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urljoin
 
 import aiohttp
 import httpx
@@ -20,6 +21,8 @@ if TYPE_CHECKING:  # half a second, and only needed once there is something to a
     import openai
 
 
+READ_BYTES = 1 << 20
+"""Of a reply at once; a longer one is read with pauses (300 tokens with top-20 are half as much)."""
 SECRET_CHARS = 8
 """Keys are longer."""
 
@@ -29,12 +32,12 @@ class FastTransport:
 
     def __init__(self, session: aiohttp.ClientSession, base_url: str, secrets: Iterable[str | None] = ()) -> None:
         self._session, self._mask = session, Mask(secrets)
-        self._url = base_url.rstrip("/")
+        self._url = base_url.rstrip("/") + "/"
 
     async def send(self, body: dict[str, Any], path: str = "chat/completions") -> Reply:
         """See `base.Transport`."""
         try:
-            async with self._session.post(f"{self._url}/{path}", data=msgspec.json.encode(body)) as response:
+            async with self._session.post(urljoin(self._url, path), data=msgspec.json.encode(body)) as response:
                 data = self._mask(await response.read())
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise no_answer(error) from error
@@ -84,6 +87,8 @@ async def open_fast(
         headers=sent,
         connector=aiohttp.TCPConnector(limit=concurrency),
         timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=30),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        read_bufsize=READ_BYTES,
         proxy=proxy,
         proxy_auth=proxy_auth,
     ) as session:

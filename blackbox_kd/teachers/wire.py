@@ -42,6 +42,16 @@ def chat_body(
     return {key: value for key, value in body.items() if key not in config.omit_params}
 
 
+def native_body(config: TeacherConfig, text: str, top: int) -> dict[str, Any]:
+    """Ask SGLang for the logprobs of a raw text, with `top` alternatives a token.
+
+    https://docs.sglang.ai/basic_usage/native_api.html
+    """
+    wanted = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": top, "return_text_in_logprobs": True}
+    sampling = {"max_new_tokens": 1, "temperature": 1.0}
+    return {"model": config.model, "text": text, "sampling_params": sampling, **wanted, **config.extra_body}
+
+
 class _Message(msgspec.Struct):
     content: str | None = None
     reasoning_content: str | None = None
@@ -75,6 +85,10 @@ class _BytesToken(_BytesTop, gc=False):
     top_logprobs: list[_BytesTop] = []
 
 
+_bytes = msgspec.json.Decoder(_BytesToken)
+_byte_list: msgspec.json.Decoder[list[int] | None] = msgspec.json.Decoder(list[int] | None)
+
+
 class _Logprobs(msgspec.Struct, Generic[Token]):
     """`content`, or Together's parallel arrays."""
 
@@ -103,6 +117,7 @@ class _CompletionDetails(msgspec.Struct):
 class _Usage(msgspec.Struct):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    cached_tokens: int | None = None
     prompt_tokens_details: _PromptDetails | None = None
     completion_tokens_details: _CompletionDetails | None = None
 
@@ -115,17 +130,25 @@ class _Reply(msgspec.Struct, Generic[Shown]):
     error: Any = None
 
 
+class _Billed(msgspec.Struct):
+    """Of a reply of any endpoint."""
+
+    usage: _Usage | None = None
+    meta_info: _Usage | None = None
+    """SGLang's own."""
+
+
 _whole = msgspec.json.Decoder(_Reply[_Logprobs[TokenLogprob]])
 _lean = msgspec.json.Decoder(_Reply[_Logprobs[_LeanToken]])
-_bytes = msgspec.json.Decoder(_Reply[_Logprobs[_BytesToken]])
+_billed = msgspec.json.Decoder(_Billed)
+_places = msgspec.json.Decoder(_Reply[_Logprobs[msgspec.Raw]])
+"""Each token with its alternatives unread: half the time of reading them."""
 _bare = msgspec.json.Decoder(_Reply[Any])
 """Whatever stands where logprobs should."""
 
 UNREADABLE = (ValueError, RecursionError)
 CHECKED_REPLIES = 8
 """Replies whose token bytes must be those of the text before they are taken to be so ever after."""
-_CUT = (b"\xef\xbf\xbd", b"\\ufffd", b"\\uFFFD", b"\\\\x")
-"""What a reply has in it if `is_cut` is true of one of its tokens."""
 
 
 def is_cut(text: str) -> bool:
@@ -166,9 +189,9 @@ class Decoder:
 
     def _read(self, data: bytes, lean: bool) -> _Reply[Any]:
         reply: _Reply[Any] = (_lean if lean else _whole).decode(data)
-        if lean and any(mark in data for mark in _CUT):
-            _add_bytes(reply.choices or [], _bytes.decode(data).choices or [])
-        elif not lean and self._as_text:
+        if lean:
+            _add_bytes(reply.choices or [], data)
+        elif self._as_text:
             self._check(reply.choices or [])
         return reply
 
@@ -216,28 +239,40 @@ def _tokens(choice: _Choice[Any]) -> list[TokenLogprob] | None:
     return _content(choice) or array_tokens(msgspec.structs.asdict(choice.logprobs)) or None
 
 
-def _add_bytes(choices: list[_Choice[Any]], with_bytes: list[_Choice[_Logprobs[_BytesToken]]]) -> None:
-    """Put the bytes of those tokens back that may not be a whole text."""
-    for choice, other in zip(choices, with_bytes, strict=True):
+def _add_bytes(choices: list[_Choice[Any]], data: bytes) -> None:
+    """Put the bytes of those tokens back that may not be a whole text; few replies have any."""
+    if not is_cut("".join([_shown(token) for choice in choices for token in _content(choice)])):
+        return
+    for choice, other in zip(choices, _places.decode(data).choices or [], strict=True):
         tokens = _content(choice)
         for i, (token, raw) in enumerate(zip(tokens, _content(other), strict=True)):
-            for j, (top, raw_top) in enumerate(zip(token.top_logprobs, raw.top_logprobs, strict=True)):
-                if is_cut(top.token):
-                    token.top_logprobs[j] = TopLogprob(
-                        token=top.token, logprob=top.logprob, id=top.id, bytes=_read_bytes(raw_top)
-                    )
-            if is_cut(token.token):
-                tokens[i] = TokenLogprob(
-                    token=token.token,
-                    logprob=token.logprob,
-                    id=token.id,
-                    bytes=_read_bytes(raw),
-                    top_logprobs=token.top_logprobs,
-                )
+            if is_cut(_shown(token)):
+                tokens[i] = _with_bytes(token, _bytes.decode(raw))
+
+
+def _shown(token: TokenLogprob) -> str:
+    """Its text and those of its alternatives."""
+    return "".join([top.token for top in token.top_logprobs]) + token.token
+
+
+def _with_bytes(token: TokenLogprob, raw: _BytesToken) -> TokenLogprob:
+    tops = zip(token.top_logprobs, raw.top_logprobs, strict=True)
+    return TokenLogprob(
+        token=token.token,
+        logprob=token.logprob,
+        id=token.id,
+        bytes=_read_bytes(raw) if is_cut(token.token) else None,
+        top_logprobs=[
+            TopLogprob(token=top.token, logprob=top.logprob, id=top.id, bytes=_read_bytes(raw_top))
+            if is_cut(top.token)
+            else top
+            for top, raw_top in tops
+        ],
+    )
 
 
 def _read_bytes(token: _BytesTop) -> list[int] | None:
-    return msgspec.json.decode(token.bytes, type=list[int] | None)
+    return _byte_list.decode(token.bytes)
 
 
 def _no_choices(reply: _Reply[Any], data: bytes) -> TeacherError:
@@ -282,7 +317,8 @@ def _completions(
 def usage_of(data: bytes) -> Usage:
     """What a 200 says that it cost; nothing where it cannot be read."""
     try:
-        return _usage(_bare.decode(_strict(data)).usage)
+        reply = _billed.decode(_strict(data))
+        return _usage(reply.usage or reply.meta_info)
     except UNREADABLE:
         return Usage()
 
@@ -315,6 +351,6 @@ def _usage(usage: _Usage | None) -> Usage:
     return Usage(
         prompt_tokens=usage.prompt_tokens or 0,
         completion_tokens=usage.completion_tokens or 0,
-        cached_tokens=(prompt.cached_tokens if prompt else None) or 0,
+        cached_tokens=(prompt.cached_tokens if prompt else usage.cached_tokens) or 0,
         reasoning_tokens=(completion.reasoning_tokens if completion else None) or 0,
     )

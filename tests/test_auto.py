@@ -1,0 +1,71 @@
+"""`algorithm: auto`: the choice follows what the endpoint can do and what the budget allows, and is the same again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blackbox_kd.__main__ import main
+from blackbox_kd.algorithms.auto import AutoConfig
+from blackbox_kd.corpus import query
+from blackbox_kd.teachers.base import Capabilities
+
+AUTO = ["--onpolicy.algorithm", "{name: auto, max_completion_length: 16}"]
+
+
+@pytest.mark.parametrize(
+    ("can", "chosen", "said"),
+    [
+        ({"scoring": "echo", "n_max": 2}, "score", "score; runner-up relabel; not forks ("),
+        ({"prefill": "prefix", "top_logprobs_max": 20}, "forks", "forks; runner-up prefix; not score ("),
+        ({"prefill": "prefix"}, "prefix", "prefix; runner-up relabel; not score ("),
+        ({"n_max": 2}, "relabel", "relabel; runner-up preference; not score ("),
+    ],
+)
+def test_the_strongest_that_the_endpoint_serves(can: dict[str, Any], chosen: str, said: str) -> None:
+    algorithm, why = AutoConfig().resolve(Capabilities(**can), 64, None)
+    assert algorithm.name == chosen
+    assert why.startswith(said)
+
+
+@pytest.mark.parametrize(("calls", "chosen"), [(256, "forks"), (255, "prefix"), (63, "preference"), (-5, "preference")])
+def test_the_strongest_that_the_budget_pays_for(calls: int, chosen: str) -> None:
+    algorithm, why = AutoConfig().resolve(Capabilities(prefill="prefix", top_logprobs_max=20), 64, calls)
+    assert algorithm.name == chosen
+    assert ("its 256 calls are more than the" in why) == (chosen != "forks")
+
+
+def test_its_replies_are_as_long_as_it_is_told() -> None:
+    algorithm, _ = AutoConfig(max_completion_length=9).resolve(Capabilities(prefill="prefix"), 1, None)
+    assert algorithm.reply_tokens == 9
+
+
+def test_a_run_probes_first_and_makes_the_same_choice_again(
+    project_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blank = ["--teacher.capabilities", "{}"]
+    command = ["run", "--config", str(project_file), *AUTO, *blank]
+    assert main([*command, "--onpolicy.rounds", "1"]) == 0
+    said = capsys.readouterr().err
+    assert "probing scripted" in said
+    assert "onpolicy.algorithm auto: " in said
+    corpus = project_file.parent / "run" / "corpus.duckdb"
+    calls = "select count(*) from attempts join requests using (request_key) where purpose = 'probe'"
+    probed = query(corpus, calls)[1]
+    assert probed > [(0,)]
+    assert main([*command, "--onpolicy.rounds", "2"]) == 0
+    assert query(corpus, calls)[1] == probed
+    assert (project_file.parent / "run" / "checkpoints" / "round-2").exists()
+
+
+def test_plan_counts_what_it_would_choose(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    able = ["--teacher.capabilities", "{prefill: prefix, top_logprobs_max: 20}"]
+    for flags, chosen, questions in ((able, "forks", 2 * 3 * 4), ([*able, "--max-requests", "32"], "prefix", 2 * 3)):
+        assert main(["plan", "--config", str(project_file), *AUTO, *flags[:2], "--json", *flags[2:]]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["algorithm"].startswith(f"{chosen}; ")
+        (stage,) = (stage for stage in found["stages"] if stage["stage"] == "onpolicy")
+        assert stage["questions"] == questions
