@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -103,13 +104,22 @@ def test_the_best_of_a_group_is_learnt_behind_its_prompt(corpus: Corpus, rendere
 
 
 def test_a_sample_that_was_cut_off_is_no_answer_to_learn(corpus: Corpus, renderer: Renderer) -> None:
-    import msgspec
-
     rollouts = group(renderer)
     cut = msgspec.structs.replace(rollouts[1].completion, finish_reason="length")
     rollouts[1] = msgspec.structs.replace(rollouts[1], completion=cut)
     (sample,) = feedback(corpus, renderer, rollouts).samples
     assert text_of(renderer, sample) == "won"
+
+
+def test_a_whole_sample_that_is_no_better_than_its_group_is_not_learnt(
+    corpus: Corpus, renderer: Renderer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rollouts = group(renderer)
+    for i in (1, 3):  # the better ones
+        cut = msgspec.structs.replace(rollouts[i].completion, finish_reason="length")
+        rollouts[i] = msgspec.structs.replace(rollouts[i], completion=cut)
+    assert feedback(corpus, renderer, rollouts).samples == []
+    assert "no group teaches anything" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scale", ["none", "group"])

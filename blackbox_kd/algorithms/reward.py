@@ -1,8 +1,8 @@
 """`reward`: a judge grades a group of the student's samples, and the student goes where the better ones are.
 
 What it is: ROPD (2605.07396) with a rubric from the teacher's answers, or OVD's grades from 0 to 9 (2601.21968). The
-update is the best of n (its text is learnt as an answer), or the policy gradient of GRPO (Shao et al. 2024) with
-advantages within the group.
+update is the best of n (learnt as an answer, if it is whole and above its group's mean), or the policy gradient of
+GRPO (Shao et al. 2024) with advantages within the group.
 Needs: chat, and the section `judge`; the teacher itself judges only as `judge: {same_as: teacher}`.
 Costs: one rubric a prompt, asked once; one call a group and round, all of its samples in one shuffled list; the
 teacher's answers that the rubric rests on are those of `sample`, which come first, else one call each. With
@@ -26,6 +26,7 @@ from blackbox_kd.algorithms.grading import Graded, Grader, Group
 from blackbox_kd.errors import AlignmentError, ConfigError, TeacherError
 from blackbox_kd.hashing import content_id
 from blackbox_kd.judging import usable_text
+from blackbox_kd.progress import say
 from blackbox_kd.prompts import Template
 from blackbox_kd.types import Feedback, Rollout, SamplingParams, TrainSample
 
@@ -143,6 +144,8 @@ class Reward(Algorithm):
                 others, agreement = await self._second_opinion(self._unseen, graded, round_)
                 feedback, metrics = feedback + others, metrics | agreement
         samples = await self._samples([group.rollouts for group, _ in graded], rewards)
+        if graded and not samples:
+            say("reward: no group teaches anything: all rewards are equal, or what is better than the mean was cut off")
         return Outcome(
             feedback=feedback,
             samples=samples,
@@ -204,25 +207,27 @@ class Reward(Algorithm):
         ]
 
     async def _samples(self, groups: list[list[Rollout]], rewards: list[list[float]]) -> list[TrainSample]:
-        differing = [(group, values) for group, values in zip(groups, rewards, strict=True) if len(set(values)) > 1]
-        if not differing:
+        differing = [len(set(values)) > 1 for values in rewards]
+        if not any(differing):
             return []
         if self._config.update == "best_of_n":
-            return [self._best(*each) for each in differing if self._whole(each[0])]
-        rows = await self._tools.lane.run(advantages, [values for _, values in differing], self._config.scale)
+            best = [best_whole(*each) for each in zip(groups, rewards, strict=True)]
+            return [self._learnt(rollout) for rollout in best if rollout]
+        rows = await self._tools.lane.run(advantages, rewards, self._config.scale)
         return [
             pg_sample(rollout, advantage)
-            for (group, _), row in zip(differing, rows, strict=True)
+            for group, row, differs in zip(groups, rows, differing, strict=True)
             for rollout, advantage in zip(group, row, strict=True)
-            if advantage
+            if differs and advantage
         ]
 
-    def _whole(self, group: list[Rollout]) -> list[Rollout]:
-        """Those that were not cut off: a text without an end is no answer to learn."""
-        return [rollout for rollout in group if rollout.completion.finish_reason == "stop"]
+    def _learnt(self, rollout: Rollout) -> TrainSample:
+        rendered = self._tools.renderer.join(rollout.prompt_ids, rollout.completion_ids)
+        return ce_sample(rollout.completion.completion_id, rendered)
 
-    def _best(self, group: list[Rollout], values: list[float]) -> TrainSample:
-        of = {rollout.completion.completion_id: value for rollout, value in zip(group, values, strict=True)}
-        best = max(self._whole(group), key=lambda rollout: of[rollout.completion.completion_id])
-        rendered = self._tools.renderer.join(best.prompt_ids, best.completion_ids)
-        return ce_sample(best.completion.completion_id, rendered)
+
+def best_whole(group: list[Rollout], rewards: list[float]) -> Rollout | None:
+    """The first with the highest reward of those that were not cut off; None where it is not above the mean."""
+    whole = [(r, value) for r, value in zip(group, rewards, strict=True) if r.completion.finish_reason == "stop"]
+    best, value = max(whole, key=lambda pair: pair[1], default=(None, 0.0))
+    return best if len(set(rewards)) > 1 and value > sum(rewards) / len(rewards) else None
