@@ -1,8 +1,8 @@
 """A world with a known optimum: every algorithm, as a whole run, moves the student towards the teacher.
 
 Before and after are exact sums over all answers (tests/toy.py), not estimates. The student has to come nearer than
-one that speaks as the teacher without a look at the question (`BLIND`). Each algorithm is run once more with a teacher
-that answers the other question (`SWAPPED`): then it must not, else the test would prove nothing.
+anybody can who does not look at the question (`blind`). Each algorithm is run once more with a teacher that answers
+the other question (`SWAPPED`): then it must not, else the test would prove nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from blackbox_kd.teachers.scores import prompt_tokens
 from tests.fakes import FakeAPI, served
 from tests.toy import (
     ANSWERS,
-    BLIND,
     END,
     LONGEST,
     PROMPTS,
@@ -36,7 +35,7 @@ from tests.toy import (
     TEACHER,
     WRONG,
     Distance,
-    between,
+    blind,
     distance,
     make_student,
 )
@@ -106,6 +105,7 @@ LINES = {
             "discriminator": {"warmup_steps": 120, "steps": 40, "learning_rate": 3e-3, "batch_size": 16},
         },
         "reverse",
+        few_large_steps(128, 2e-3),
     ),
 }
 
@@ -186,9 +186,10 @@ def test_the_student_moves_towards_the_teacher_it_learns_from(name: str, world: 
         end = measured(run, f"round-{ROUNDS}")
     moved = {part: f"{a:.3f} -> {b:.3f}" for part, a, b in zip(end._fields, world.start, end, strict=True)}
     print(f"\n{world.folder.name}, {name}: {moved}")
-    start, now, limit = (getattr(each, line.falls) for each in (world.start, end, between(TEACHER, BLIND)))
+    start, now, limit = (getattr(each, line.falls) for each in (world.start, end, blind()))
     assert start > 1.5 * limit
-    assert (now < limit) is world.honest, moved
+    # the other teacher's student may end at the limit: what the two have in common is learnt from either
+    assert now < 0.8 * limit if world.honest else now > 0.9 * limit, moved
     assert end.astray < 0.2
 
 

@@ -67,12 +67,6 @@ TEACHER = Language({
 })  # fmt: skip
 SWAPPED = Language({"x": TEACHER.tables["y"], "y": TEACHER.tables["x"]})
 """A teacher that answers the other question: what is learnt from it is not the teacher's."""
-BLIND = Language({
-    kind: {before: [x + y for x, y in zip(TEACHER.tables["x"][before], TEACHER.tables["y"][before], strict=True)]
-           for before in ("", *SIGNS)}
-    for kind in "xy"
-})  # fmt: skip
-"""The teacher's language without a look at the question; it is learnt from SWAPPED as well."""
 WRONG = Language({
     "x": {"": (23, 70, 5, 2), "+": (35, 35, 10, 20), "-": (10, 45, 30, 15), "*": (40, 20, 30, 10)},
     "y": {"": (5, 70, 23, 2), "+": (35, 10, 35, 20), "-": (30, 45, 10, 15), "*": (10, 50, 30, 10)},
@@ -109,9 +103,15 @@ def distance(student: Student, teacher: Language = TEACHER, prompts: Sequence[st
     return _distance(_logprobs(teacher, prompts), np.array(sums).reshape(len(prompts), len(ANSWERS)))
 
 
-def between(teacher: Language, other: Language) -> Distance:
-    """As if a student spoke `other`."""
-    return _distance(_logprobs(teacher, "xy"), _logprobs(other, "xy"))
+def blind(teacher: Language = TEACHER) -> Distance:
+    """The least that is reached without a look at the question: one answer distribution for both kinds.
+
+    For `forward` that is the mean of the teacher's two, for `reverse` their geometric mean; `behind` is the former's.
+    """
+    log_p_PY = _logprobs(teacher, "xy")
+    mean_Y, geometric_Y = np.log(np.exp(log_p_PY).mean(0)), log_p_PY.mean(0)
+    mean, geometric = (_distance(log_p_PY, np.stack([log_q_Y] * 2)) for log_q_Y in (mean_Y, geometric_Y))
+    return mean._replace(reverse=geometric.reverse)
 
 
 def _logprobs(language: Language, prompts: Sequence[str]) -> np.ndarray:
