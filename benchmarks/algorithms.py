@@ -24,7 +24,8 @@ from blackbox_kd import onpolicy, sample, sft, yardstick
 from blackbox_kd.config import load_config
 from blackbox_kd.corpus import query
 from blackbox_kd.progress import say
-from blackbox_kd.project import Config, Project
+from blackbox_kd.project import Project
+from blackbox_kd.settings import Config
 from blackbox_kd.student.student import Student
 
 ROUNDS, PROMPTS, STEPS = 3, 16, 6

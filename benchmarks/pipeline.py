@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the tiny model of the t
 from blackbox_kd import onpolicy, sample, sft, trainee
 from blackbox_kd.config import validate
 from blackbox_kd.progress import say
-from blackbox_kd.project import Config, Project
+from blackbox_kd.project import Project
+from blackbox_kd.settings import Config
 from tests.tiny import make_tiny
 
 PROMPTS, IN_FLIGHT, LATENCY_S = 16, 8, 2.0

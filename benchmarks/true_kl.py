@@ -32,9 +32,11 @@ import torch
 from transformers import TrainerCallback
 
 from blackbox_kd import sample, sft, yardstick
+from blackbox_kd.command import overrides
 from blackbox_kd.config import find_file, load_config
 from blackbox_kd.losses import divergence, token_logprobs
-from blackbox_kd.project import Config, Project, overrides
+from blackbox_kd.project import Project
+from blackbox_kd.settings import Config
 from blackbox_kd.soft_labels import label
 from blackbox_kd.student.render import IGNORE, Rendered
 from blackbox_kd.student.student import Student, first_kept, logits_from

@@ -13,10 +13,10 @@ import argparse
 import json
 import sys
 
+from blackbox_kd.command import OneLineParser, guarded
 from blackbox_kd.corpus import Corpus, compact
 from blackbox_kd.corpus.connection import READ_WAIT_S
 from blackbox_kd.errors import ConfigError
-from blackbox_kd.project import OneLineParser, guarded
 from blackbox_kd.sql import add_corpus_flag, corpus_of
 
 

@@ -11,8 +11,8 @@ import argparse
 import json
 import sys
 
+from blackbox_kd.command import OneLineParser, guarded
 from blackbox_kd.corpus.checks import Finding, findings
-from blackbox_kd.project import OneLineParser, guarded
 from blackbox_kd.sql import add_corpus_flag, corpus_of
 
 UNHEALTHY = 2

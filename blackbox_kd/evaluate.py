@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from blackbox_kd.command import stage_main
 from blackbox_kd.progress import say
-from blackbox_kd.project import Project, stage_main
+from blackbox_kd.project import Project
 from blackbox_kd.run_dir import round_of
 from blackbox_kd.types import Interval, SamplingParams, Split
 from blackbox_kd.yardstick import FIXED_SPLITS, FixedSet, Yardstick, capture, interval

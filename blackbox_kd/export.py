@@ -14,9 +14,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from blackbox_kd.command import OneLineParser, guarded
 from blackbox_kd.corpus import export, query
 from blackbox_kd.errors import ConfigError
-from blackbox_kd.project import OneLineParser, guarded
 from blackbox_kd.sql import add_corpus_flag, corpus_of
 
 _MESSAGES = """from_json(messages, '[{"role": "VARCHAR", "content": "VARCHAR"}]')"""

@@ -29,10 +29,12 @@ from typing import Any
 
 from blackbox_kd import health, probe
 from blackbox_kd.algorithms.base import Algorithm, Outcome, Tools
+from blackbox_kd.command import stage_main
 from blackbox_kd.errors import ConfigError, GateFailed, TeacherError
 from blackbox_kd.lane import Lane
 from blackbox_kd.progress import console, say
-from blackbox_kd.project import Config, Project, stage_main
+from blackbox_kd.project import Project
+from blackbox_kd.settings import Config
 from blackbox_kd.student.ranks import PeerGone, Ranks
 from blackbox_kd.student.student import Student
 from blackbox_kd.trainee import Trainee, checkpoints, metric_rows, updater_of

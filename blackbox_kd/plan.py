@@ -17,11 +17,13 @@ from typing import Any
 
 import msgspec
 
+from blackbox_kd.command import config_of, guarded, parser
 from blackbox_kd.corpus.history import History, history, known, probed
 from blackbox_kd.hashing import canonical_json
-from blackbox_kd.project import Config, config_of, guarded, parser, sample_questions, settled
+from blackbox_kd.project import sample_questions, settled
 from blackbox_kd.prompts import PromptSet
 from blackbox_kd.run_dir import committed, round_of
+from blackbox_kd.settings import Config
 from blackbox_kd.sql import show
 from blackbox_kd.status import duration, money
 from blackbox_kd.teachers.base import Capabilities, PriceConfig, TeacherConfig

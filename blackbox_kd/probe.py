@@ -13,9 +13,10 @@ from typing import Any
 
 import msgspec
 
+from blackbox_kd.command import stage_main
 from blackbox_kd.errors import TeacherRefused
 from blackbox_kd.progress import say
-from blackbox_kd.project import Project, stage_main
+from blackbox_kd.project import Project
 from blackbox_kd.sql import show
 from blackbox_kd.teachers.probe import capabilities, probe
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from blackbox_kd import evaluate, onpolicy, probe, sample, sft, yardstick
 from blackbox_kd.algorithms.base import Tools
+from blackbox_kd.command import stage_main
 from blackbox_kd.lane import Lane
 from blackbox_kd.progress import say
-from blackbox_kd.project import Project, stage_main
+from blackbox_kd.project import Project
 from blackbox_kd.prompts import SPLITS
 from blackbox_kd.student.student import Student
 from blackbox_kd.student.trainer import check_soft

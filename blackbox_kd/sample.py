@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+from blackbox_kd.command import stage_main
 from blackbox_kd.progress import say
-from blackbox_kd.project import Project, stage_main
+from blackbox_kd.project import Project
 from blackbox_kd.types import Request
 
 CHUNK = 2048

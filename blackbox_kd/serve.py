@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import sys
 
+from blackbox_kd.command import guarded, overrides, parser
 from blackbox_kd.config import load_config
 from blackbox_kd.errors import ConfigError
-from blackbox_kd.project import Config, guarded, overrides, parser
+from blackbox_kd.settings import Config
 from blackbox_kd.teachers.local import LocalTeacherConfig, serve
 
 

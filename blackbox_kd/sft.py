@@ -23,11 +23,13 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from transformers.trainer_utils import get_last_checkpoint
 
 from blackbox_kd.align import SoftLabels
+from blackbox_kd.command import stage_main
 from blackbox_kd.errors import AlignmentError, BlackboxKDError, ConfigError, TrainingError
 from blackbox_kd.hashing import content_id
 from blackbox_kd.model_card import write_card
 from blackbox_kd.progress import Counter, counting, say
-from blackbox_kd.project import Config, Project, stage_main
+from blackbox_kd.project import Project
+from blackbox_kd.settings import Config
 from blackbox_kd.soft_labels import label, labelled_tokens
 from blackbox_kd.student.load import pick_device
 from blackbox_kd.student.render import Rendered

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from textwrap import indent
 from typing import Any
 
+from blackbox_kd.command import OneLineParser, guarded
 from blackbox_kd.corpus.reading import Row, found
 from blackbox_kd.errors import ConfigError
 from blackbox_kd.progress import say
-from blackbox_kd.project import OneLineParser, guarded
 from blackbox_kd.sql import add_corpus_flag, corpus_of
 
 MOST = 20

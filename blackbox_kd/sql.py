@@ -18,9 +18,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from blackbox_kd.command import OneLineParser, guarded
 from blackbox_kd.corpus import query
 from blackbox_kd.errors import ConfigError
-from blackbox_kd.project import OneLineParser, guarded
 
 
 def add_corpus_flag(parser: argparse.ArgumentParser) -> None:

@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from blackbox_kd.command import OneLineParser, guarded
 from blackbox_kd.corpus import query
 from blackbox_kd.corpus.heartbeat import Heartbeat, read_heartbeats
 from blackbox_kd.errors import CorpusBusy
-from blackbox_kd.project import OneLineParser, guarded
 from blackbox_kd.sql import add_corpus_flag, corpus_of, show
 
 QUESTIONS = {

@@ -16,8 +16,9 @@ from blackbox_kd.algorithms.base import Outcome, ce_sample
 from blackbox_kd.hashing import phase_seed
 from blackbox_kd.model_card import write_card
 from blackbox_kd.progress import say
-from blackbox_kd.project import OnPolicyConfig, Project
+from blackbox_kd.project import Project
 from blackbox_kd.rollout import Writer
+from blackbox_kd.settings import OnPolicyConfig
 from blackbox_kd.student.ranks import Ranks
 from blackbox_kd.student.render import IGNORE, Rendered
 from blackbox_kd.student.student import Student

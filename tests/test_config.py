@@ -10,10 +10,11 @@ import pytest
 import yaml
 
 from blackbox_kd.algorithms import algorithms
+from blackbox_kd.command import overrides
 from blackbox_kd.config import SHIPPED, config_path, dump_config, find_file, load_config, validate, walk
 from blackbox_kd.errors import ConfigError
-from blackbox_kd.project import Config, overrides
 from blackbox_kd.run_dir import RunDir
+from blackbox_kd.settings import Config
 
 MINIMAL = """
 run_dir: runs/x

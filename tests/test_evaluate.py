@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from blackbox_kd.command import overrides
 from blackbox_kd.config import load_config
 from blackbox_kd.errors import AlignmentError
 from blackbox_kd.evaluate import chrf, table
-from blackbox_kd.project import Config, Project, overrides
+from blackbox_kd.project import Project
+from blackbox_kd.settings import Config
 from blackbox_kd.yardstick import FixedSet, capture, interval
 
 

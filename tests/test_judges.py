@@ -13,10 +13,12 @@ import yaml
 
 from blackbox_kd.__main__ import main
 from blackbox_kd.algorithms.reward import RewardConfig
+from blackbox_kd.command import overrides
 from blackbox_kd.config import load_config
 from blackbox_kd.corpus import Corpus, query
 from blackbox_kd.errors import BudgetExhausted, ConfigError, GateFailed
-from blackbox_kd.project import Config, Project, overrides
+from blackbox_kd.project import Project
+from blackbox_kd.settings import Config
 from blackbox_kd.teachers.base import PriceConfig
 from blackbox_kd.teachers.budget import Amount, Budget, BudgetConfig
 from blackbox_kd.teachers.local import LocalTeacherConfig

@@ -16,8 +16,9 @@ from blackbox_kd.corpus import Corpus
 from blackbox_kd.corpus.history import history, known
 from blackbox_kd.corpus.journal import Answered
 from blackbox_kd.plan import CHUNK, count
-from blackbox_kd.project import Config, sample_questions
+from blackbox_kd.project import sample_questions
 from blackbox_kd.prompts import PromptSet
+from blackbox_kd.settings import Config
 from blackbox_kd.teachers.scripted import ScriptedTeacherConfig
 from blackbox_kd.teachers.teacher import Questions
 from blackbox_kd.types import Request

@@ -73,8 +73,9 @@ def test_every_command_is_in_the_table() -> None:
 
 @pytest.mark.parametrize("line", [li for f in fences("bash") for li in f.splitlines() if li.startswith("blackbox-kd ")])
 def test_every_stage_command_is_understood(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from blackbox_kd.command import overrides, parser
     from blackbox_kd.config import config_path, load_config
-    from blackbox_kd.project import Config, overrides, parser
+    from blackbox_kd.settings import Config
 
     command, *arguments = shlex.split(line, comments=True)[1:]
     if command in ("sql", "status", "export-corpus"):

@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 from blackbox_kd import sample
+from blackbox_kd.command import stage_main
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.hashing import draw_seed
-from blackbox_kd.project import stage_main
 from tests.fakes import FakeAPI, chat_reply, error_reply, served, unused_port
 
 SECRET = "sk-this-must-not-be-written-anywhere-0123456789"

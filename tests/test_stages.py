@@ -129,8 +129,10 @@ def test_sft_that_was_killed_goes_on_from_its_last_epoch(
 
     # a first start that ends after one epoch and leaves TRL's checkpoint behind, as a kill would
     import blackbox_kd.sft as sft
+    from blackbox_kd.command import overrides
     from blackbox_kd.config import load_config
-    from blackbox_kd.project import Config, Project, overrides
+    from blackbox_kd.project import Project
+    from blackbox_kd.settings import Config
     from blackbox_kd.student.student import Student
 
     flags = overrides([*stretch, "--run_dir", str(folder / "killed")])
@@ -198,8 +200,10 @@ def test_a_killed_sft_is_not_continued_under_other_settings(tmp_path: Path) -> N
 
 
 def test_more_draws_in_a_shared_corpus_are_not_learnt_by_a_run_that_did_not_ask_for_them(project_file: Path) -> None:
+    from blackbox_kd.command import overrides
     from blackbox_kd.config import load_config
-    from blackbox_kd.project import Config, Project, overrides
+    from blackbox_kd.project import Project
+    from blackbox_kd.settings import Config
 
     assert main(["sample", "--config", str(project_file), "--teacher.seed", "99"]) == 0
     assert main(["sample", "--config", str(project_file), "--sample.n", "3"]) == 0
@@ -262,7 +266,8 @@ def test_too_much_failed_feedback_stops_with_3(project_file: Path, capsys: pytes
 
 def test_prompts_that_were_not_sampled_come_first(project_file: Path) -> None:
     from blackbox_kd.config import load_config
-    from blackbox_kd.project import Config, Project
+    from blackbox_kd.project import Project
+    from blackbox_kd.settings import Config
     from blackbox_kd.trainee import draw
 
     with Project(load_config(Config, str(project_file))) as project:
@@ -318,7 +323,8 @@ def test_status_and_sql_answer_from_the_last_run(
 
 def test_the_corpus_can_be_read_while_a_stage_holds_nothing(project_file: Path) -> None:
     from blackbox_kd.config import load_config
-    from blackbox_kd.project import Config, Project
+    from blackbox_kd.project import Project
+    from blackbox_kd.settings import Config
 
     with Project(load_config(Config, str(project_file))):
         assert rows(project_file, "select count(*) from prompts") == [(10,)]  # the train prompts come with `sample`

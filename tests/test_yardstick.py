@@ -17,7 +17,8 @@ from blackbox_kd.align.spelling import from_alphabet
 from blackbox_kd.config import load_config
 from blackbox_kd.corpus import query
 from blackbox_kd.errors import AlignmentError
-from blackbox_kd.project import Config, Project
+from blackbox_kd.project import Project
+from blackbox_kd.settings import Config
 from blackbox_kd.student.student import Student
 from blackbox_kd.types import Completion, TokenLogprob, TopLogprob, scorer
 from blackbox_kd.yardstick import Yardstick, _deciles, captured, evaluation_prompts, fixed_questions, interval
