@@ -69,5 +69,9 @@ bench-losses: setup
 bench-true-kl: setup
 	$(BIN)/python benchmarks/true_kl.py --arms soft hard --seeds 1 2 3 --json > benchmarks/results/true_kl.json
 
+# teacher and student in turns and at the same time: about 4 minutes
+bench-pipeline: setup
+	$(BIN)/python benchmarks/pipeline.py --json > benchmarks/results/pipeline.json
+
 clean:
 	rm -rf $(VENV) $(VLLM) build dist .mypy_cache .ruff_cache .pytest_cache

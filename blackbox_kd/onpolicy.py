@@ -28,7 +28,7 @@ from itertools import takewhile
 from typing import Any
 
 from blackbox_kd import health, probe
-from blackbox_kd.algorithms.base import Algorithm, Outcome, Tools
+from blackbox_kd.algorithms.base import Algorithm, Outcome
 from blackbox_kd.command import stage_main
 from blackbox_kd.errors import ConfigError, GateFailed, TeacherError
 from blackbox_kd.lane import Lane
@@ -65,9 +65,7 @@ async def go_round(project: Project, lane: Lane, ranks: Ranks) -> dict[str, dict
     config, loop, start = project.config, project.config.onpolicy, run_dir.checkpoint(names[done - 1])
     await lane.run(ranks.share, (start, loop))
     student = Student(config.student, adapter=start)
-    judges = project.judge, project.unseen
-    tools = Tools(project.teacher, student.renderer, config.student, lane, config.seed, *judges)
-    algorithm = loop.algorithm.build(tools)
+    algorithm = loop.algorithm.build(project.tools(student.renderer, lane))
     algorithm.restore(start)
     trainee = await lane.run(Trainee, project, student, start, ranks)
     told: dict[int, asyncio.Task[Told]] = {}

@@ -7,12 +7,15 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
+from blackbox_kd.algorithms.base import Tools
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.errors import ConfigError
 from blackbox_kd.hashing import content_id
+from blackbox_kd.lane import Lane
 from blackbox_kd.prompts import SPLITS, PromptSet
 from blackbox_kd.run_dir import RunDir
 from blackbox_kd.settings import Config
+from blackbox_kd.student.render import Renderer
 from blackbox_kd.teachers.base import Capabilities, TeacherConfig
 from blackbox_kd.teachers.teacher import Questions, Teacher
 from blackbox_kd.types import Prompt, Request
@@ -97,6 +100,12 @@ class Project:
     def endpoints(self) -> list[Teacher]:
         """The teacher, and the judges that there are."""
         return [endpoint for endpoint in (self.teacher, self.judge, self.unseen) if endpoint]
+
+    def tools(self, renderer: Renderer, lane: Lane) -> Tools:
+        """What the on-policy algorithm works with."""
+        return Tools(
+            self.teacher, renderer, self.config.student, lane, self.config.seed, judge=self.judge, unseen=self.unseen
+        )
 
     @property
     def run_id(self) -> str:

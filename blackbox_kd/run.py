@@ -11,7 +11,6 @@ import sys
 from typing import Any
 
 from blackbox_kd import evaluate, onpolicy, probe, sample, sft, yardstick
-from blackbox_kd.algorithms.base import Tools
 from blackbox_kd.command import stage_main
 from blackbox_kd.lane import Lane
 from blackbox_kd.progress import say
@@ -43,10 +42,8 @@ def check(project: Project) -> None:
     if config.sft.soft_labels and config.sample.top_logprobs:
         check_soft(args)
     student = Student(config.student, seed=config.seed)
-    judges = project.judge, project.unseen
-    tools = Tools(project.teacher, student.renderer, config.student, Lane(), config.seed, *judges)
     if not config.onpolicy.algorithm.lacking(project.teacher.capabilities):
-        config.onpolicy.algorithm.build(tools)
+        config.onpolicy.algorithm.build(project.tools(student.renderer, Lane()))
     for split in SPLITS:
         for prompt in project.prompts[split]:
             student.renderer.prompt(prompt.messages)

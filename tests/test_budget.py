@@ -12,11 +12,12 @@ import yaml
 from blackbox_kd import sample
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.corpus.journal import Segment
+from blackbox_kd.corpus.store import Billed
 from blackbox_kd.errors import BudgetExhausted, ConfigError
 from blackbox_kd.teachers.base import PriceConfig
 from blackbox_kd.teachers.budget import Amount, Budget, BudgetConfig, prompt_bound, worst_case
 from blackbox_kd.teachers.engine import Engine
-from blackbox_kd.types import Request
+from blackbox_kd.types import Request, Usage
 from tests.conftest import RUN_ID
 from tests.fakes import FakeAPI, chat_reply, cut_short, error_reply, served
 from tests.records import attempt, sent, usage
@@ -110,7 +111,7 @@ def test_one_that_does_not_fit_waits_for_those_in_flight() -> None:
 
 def test_one_that_fits_no_more_ends_the_work_with_exit_code_4() -> None:
     budget = Budget(BudgetConfig(max_usd=0.001), PRICE)
-    budget.spent = Amount(0.0006, 100, 3)
+    budget.count_history(Billed(cost_usd=0.0006, tokens=100, calls=3, unpriced=Usage(), uncertain=[]))
     with pytest.raises(BudgetExhausted, match=r"max_usd is 0\.001") as raised:
         reserve(budget)
     assert raised.value.exit_code == 4

@@ -30,8 +30,8 @@ from tests.rollouts import renderer, rollout, tools
 __all__ = ["renderer"]  # a fixture
 
 QUICK = {"warmup_steps": 12, "steps": 2, "learning_rate": 1e-2, "batch_size": 4, "r": 4}
-STRONG = "{warmup_steps: 60, steps: 10, learning_rate: 1e-2, heldout_fraction: 0.4}"
-FLAGS = ["--sample.max_prompts", "12", "--onpolicy.prompts_per_round", "6",
+STRONG = "{warmup_steps: 60, steps: 20, learning_rate: 3e-3, heldout_fraction: 0.4}"
+FLAGS = ["--sample.max_prompts", "12", "--onpolicy.prompts_per_round", "12",
          "--onpolicy.algorithm", f"{{name: gad, num_generations: 3, discriminator: {STRONG}}}"]  # fmt: skip
 
 
@@ -244,7 +244,7 @@ def test_a_restart_ends_with_the_same_discriminator_and_the_same_student(trained
     asked = query(corpus, "select purpose, count(*) from requests where purpose <> 'rollout' group by all")[1]
     assert asked == [("sample", 12)]
     drawn = query(corpus, "select count(*), count(distinct prompt_id) from completions where author = 'student'")[1]
-    assert drawn == [(2 * 6 * 3, 12)]
+    assert drawn == [(2 * 12 * 3, 12)]
 
 
 def test_three_rounds_of_certainty_are_an_alarm(corpus: Corpus, renderer: Renderer, student: StudentConfig) -> None:

@@ -16,6 +16,7 @@ from blackbox_kd.algorithms.reward import RewardConfig
 from blackbox_kd.command import overrides
 from blackbox_kd.config import load_config
 from blackbox_kd.corpus import Corpus, query
+from blackbox_kd.corpus.store import Billed
 from blackbox_kd.errors import BudgetExhausted, ConfigError, GateFailed
 from blackbox_kd.project import Project
 from blackbox_kd.settings import Config
@@ -131,7 +132,7 @@ def test_a_budget_beside_another_has_its_own_price_and_the_same_purse() -> None:
     asyncio.run(judge.reserve(body, lambda: False))
     assert teacher.reserved == judge.reserved != Amount()
     judge.free(judge.reserved)
-    judge.spent = Amount(0.0999, 0, 0)
+    judge.count_history(Billed(cost_usd=0.0999, tokens=0, calls=0, unpriced=Usage(), uncertain=[]))
     with pytest.raises(BudgetExhausted):
         asyncio.run(teacher.reserve(body | {"max_tokens": 20}, lambda: False))
 

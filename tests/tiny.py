@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -33,21 +34,25 @@ def make_tiny(folder: Path, *, template: str = TEMPLATE, seed: int = 0, vocab_si
     )
     fast.chat_template = template
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
+    # wide at the start, so that an adapter on frozen weights can learn something
+    model = llama(fast, max_position_embeddings=256, initializer_range=0.2, bos_token_id=fast.bos_token_id)
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+def llama(tokenizer: PreTrainedTokenizerFast, **settings: Any) -> LlamaForCausalLM:
+    """Two layers, 32 wide, with random weights."""
+    return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(fast),
+            vocab_size=len(tokenizer),
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=2,
-            max_position_embeddings=256,
-            initializer_range=0.2,  # so that an adapter on frozen weights can learn something
-            bos_token_id=fast.bos_token_id,
-            eos_token_id=fast.eos_token_id,
-            pad_token_id=fast.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **settings,
         )
     )
-    model.save_pretrained(folder)
-    fast.save_pretrained(folder)
-    return folder

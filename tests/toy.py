@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.student.student import Student
+from tests.tiny import llama
 
 SIGNS, END = "+-*", "<|end|>"
 """A word is not cut in two by `prefix` and `forks`, so an answer has no words."""
@@ -150,19 +151,7 @@ def make_student(folder: Path, language: Language = WRONG, steps: int = 250) -> 
     fast.chat_template = TEMPLATE
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(fast),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=2,
-                max_position_embeddings=64,
-                eos_token_id=fast.eos_token_id,
-                pad_token_id=fast.pad_token_id,
-            )
-        )
+        model = llama(fast, max_position_embeddings=64)
         _teach(model, Renderer(fast, [fast.eos_token_id]), language, steps)
     model.save_pretrained(folder)
     fast.save_pretrained(folder)

@@ -4,8 +4,9 @@ What it is: a choice, made once before the first round. Needs: what `probe` foun
 nobody has. The order is that of how much the teacher says about each token of the student's own sample: its
 log-probability (`score`), its next tokens where the student is least sure (`forks`), its continuation of the student's
 text (`prefix`), its correction of the whole (`relabel`); `preference` asks nothing where `sample` has asked already.
-What it does not do: it measures nothing, so it does not know what is best for a task. `reward` and `gad` are never
-chosen: the one needs a judge that is worth believing, the other many rounds.
+What it does not do: it counts calls (`budget.max_requests`), not tokens or dollars. It does not know what is best for a
+task, since it measures nothing. `reward` and `gad` are never chosen: the one needs a judge that is worth believing, the
+other many rounds.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from blackbox_kd.lane import Lane
 from blackbox_kd.student.render import IGNORE, Rendered, Renderer
 from blackbox_kd.teachers.base import Capabilities
 from blackbox_kd.teachers.teacher import Teacher
-from blackbox_kd.types import Feedback, Rollout, TrainSample
+from blackbox_kd.types import Feedback, Rollout, TopK, TrainSample
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -149,8 +149,26 @@ def advantages(rewards: list[list[float]], scale: Literal["none", "group", "batc
     return found
 
 
-def pg_sample(rollout: Rollout, advantage: float) -> TrainSample:
-    """Its tokens with their advantage, and the log-probs of the policy that drew them."""
+def by_prompt(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
+    """The groups, in the order of their first members."""
+    found: dict[str, list[Rollout]] = {}
+    for rollout in rollouts:
+        found.setdefault(rollout.prompt.prompt_id, []).append(rollout)
+    return list(found.values())
+
+
+def soft_sample(rollout: Rollout, at: Sequence[bool], soft: TopK) -> TrainSample:
+    """Its own tokens, with what the teacher would have written where `at` says so."""
+    return TrainSample(
+        sample_id=rollout.completion.completion_id,
+        input_ids=[*rollout.prompt_ids, *rollout.completion_ids],
+        weights={"topk_kl": on_completion(rollout.prompt_ids, list(map(float, at)), len(rollout.completion_ids))},
+        soft=soft,
+    )
+
+
+def pg_sample(rollout: Rollout, advantage: Sequence[float] | float) -> TrainSample:
+    """Its tokens with their advantage, one for all or one for each, and the log-probs of the policy that drew them."""
     size = len(rollout.completion_ids)
     return TrainSample(
         sample_id=rollout.completion.completion_id,

@@ -8,8 +8,9 @@ from typing import NamedTuple
 from blackbox_kd.align import StudentVocab
 from blackbox_kd.errors import AlignmentError
 from blackbox_kd.health import entropy
-from blackbox_kd.teachers.base import Capabilities
-from blackbox_kd.types import Rollout
+from blackbox_kd.teachers.base import Capabilities, Prefill
+from blackbox_kd.teachers.teacher import Teacher
+from blackbox_kd.types import Feedback, Purpose, Request, Rollout, SamplingParams
 
 
 class Cut(NamedTuple):
@@ -72,6 +73,23 @@ def _ends(before: bytes, behind: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return bool(text) and not text[-1].isspace() and not (text[-1].isalnum() and rest[:1].isalnum())
+
+
+def go_on(teacher: Teacher, cut: Cut, purpose: Purpose, sampling: SamplingParams, form: Prefill) -> Request:
+    """To go on from there; at the start, where nothing is given, to answer."""
+    by = cut.rollout.completion.completion_id
+    return teacher.request(cut.rollout.prompt, purpose, sampling, completion_id=by, given=cut.text or None, form=form)
+
+
+def said(cut: Cut, kind: str, reply_id: str, by: str) -> Feedback:
+    """What the scorer `by` replied there."""
+    return Feedback(
+        completion_id=cut.rollout.completion.completion_id,
+        kind=kind,
+        scorer=by,
+        target_completion_id=reply_id,
+        detail={"cut_byte": len(cut.text.encode()), "entropy": round(cut.entropy, 3)},
+    )
 
 
 def unusable(reasons: Sequence[str], asked: int) -> str:

@@ -20,8 +20,8 @@ import numpy as np
 from pydantic import Field
 
 from blackbox_kd import health
-from blackbox_kd.algorithms.base import Algorithm, AlgorithmConfig, Outcome, Tools, on_completion
-from blackbox_kd.algorithms.cuts import Cut, cannot_go_on, peaks, unusable
+from blackbox_kd.algorithms.base import Algorithm, AlgorithmConfig, Outcome, Tools, soft_sample
+from blackbox_kd.algorithms.cuts import Cut, cannot_go_on, go_on, peaks, said, unusable
 from blackbox_kd.align import Aligner
 from blackbox_kd.align.spelling import REPLACED
 from blackbox_kd.errors import AlignmentError
@@ -32,7 +32,6 @@ from blackbox_kd.teachers.base import Capabilities, PrefillReply
 from blackbox_kd.teachers.prefill import what_is_new
 from blackbox_kd.types import (
     Completion,
-    Feedback,
     Request,
     Rollout,
     SamplingParams,
@@ -136,7 +135,7 @@ class Forks(Algorithm):
         if wrong:
             say(f"forks: {unusable(wrong, len(cuts))}")
         return Outcome(
-            feedback=[_feedback(fork, self._scorer) for fork in forks],
+            feedback=[said(fork.cut, "fork", fork.completion_id, self._scorer) for fork in forks],
             samples=[_sample(list(mine)) for _, mine in groupby(forks, key=lambda fork: id(fork.cut.rollout))],
             asked=len(cuts),
             failed=len(wrong),
@@ -147,15 +146,7 @@ class Forks(Algorithm):
         sampling = SamplingParams(
             temperature=0, max_completion_length=1, top_logprobs=min(self._config.top_logprobs, can.top_logprobs_max)
         )
-        rollout = cut.rollout
-        return self._teacher.request(
-            rollout.prompt,
-            "fork",
-            sampling,
-            completion_id=rollout.completion.completion_id,
-            given=cut.text or None,
-            form=can.prefill,
-        )
+        return go_on(self._teacher, cut, "fork", sampling, can.prefill)
 
     def _read(
         self, cuts: Sequence[Cut], answers: Sequence[Completion | None], can: Capabilities
@@ -226,27 +217,11 @@ def _sample(forks: Sequence[Fork]) -> TrainSample:
     ids = np.concatenate([_wide(fork.soft.ids, width, 0) for fork in forks])
     logprobs = np.concatenate([_wide(fork.soft.logprobs, width, -np.inf) for fork in forks])
     at = {fork.cut.token for fork in forks}
-    size = len(rollout.completion_ids)
-    return TrainSample(
-        sample_id=rollout.completion.completion_id,
-        input_ids=[*rollout.prompt_ids, *rollout.completion_ids],
-        weights={"topk_kl": on_completion(rollout.prompt_ids, [float(i in at) for i in range(size)], size)},
-        soft=TopK(ids, logprobs),
-    )
+    return soft_sample(rollout, [i in at for i in range(len(rollout.completion_ids))], TopK(ids, logprobs))
 
 
 def _wide(row: np.ndarray, width: int, empty: float) -> np.ndarray:
     return np.pad(row, ((0, 0), (0, width - row.shape[1])), constant_values=empty)
-
-
-def _feedback(fork: Fork, by: str) -> Feedback:
-    return Feedback(
-        completion_id=fork.cut.rollout.completion.completion_id,
-        kind="fork",
-        scorer=by,
-        target_completion_id=fork.completion_id,
-        detail={"cut_byte": len(fork.cut.text.encode()), "entropy": round(fork.cut.entropy, 3)},
-    )
 
 
 def metrics(forks: Sequence[Fork]) -> dict[str, float]:

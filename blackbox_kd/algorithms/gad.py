@@ -36,6 +36,7 @@ from blackbox_kd.algorithms.base import (
     Outcome,
     Tools,
     advantages,
+    by_prompt,
     ce_sample,
     pg_sample,
 )
@@ -151,18 +152,15 @@ class Gad(Algorithm):
         )
 
     async def _groups(self, rollouts: Sequence[Rollout], round_: int) -> list[Group]:
-        teacher, by_prompt = self._tools.teacher, dict[str, list[Rollout]]()
-        for rollout in rollouts:
-            if rollout.completion_ids:
-                by_prompt.setdefault(rollout.prompt.prompt_id, []).append(rollout)
-        requests = [teacher.answer(group[0].prompt) for group in by_prompt.values()]
+        teacher, found = self._tools.teacher, by_prompt([rollout for rollout in rollouts if rollout.completion_ids])
+        requests = [teacher.answer(group[0].prompt) for group in found]
         answers = await teacher.answers(requests, round_=round_, description="gad")
         groups = []
-        for request, (prompt_id, group) in zip(requests, by_prompt.items(), strict=True):
+        for request, group in zip(requests, found, strict=True):
             answer = answers.get(request.request_key)
             text = usable_text(answer)
             if answer is not None and text is not None and self._fits(group[0], text):
-                heldout = UUID(prompt_id).int / 2**128 < self._config.discriminator.heldout_fraction
+                heldout = UUID(group[0].prompt.prompt_id).int / 2**128 < self._config.discriminator.heldout_fraction
                 groups.append(Group(answer, text, group, heldout))
         return groups
 

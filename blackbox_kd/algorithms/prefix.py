@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from blackbox_kd.algorithms.base import Algorithm, AlgorithmConfig, Outcome, Tools, on_completion
-from blackbox_kd.algorithms.cuts import Cut, cannot_go_on, peaks, unusable
+from blackbox_kd.algorithms.cuts import Cut, cannot_go_on, go_on, peaks, said, unusable
 from blackbox_kd.align import SoftLabels
 from blackbox_kd.errors import AlignmentError
 from blackbox_kd.progress import say
@@ -26,7 +26,7 @@ from blackbox_kd.soft_labels import Labelled, Scored, aligned, aligner_of
 from blackbox_kd.student.vocabulary import student_vocab
 from blackbox_kd.teachers.base import Capabilities, PrefillReply
 from blackbox_kd.teachers.prefill import what_is_new
-from blackbox_kd.types import Completion, Feedback, Request, Rollout, SamplingParams, TopK, TrainSample, scorer
+from blackbox_kd.types import Completion, Request, Rollout, SamplingParams, TopK, TrainSample, scorer
 
 
 class PrefixConfig(AlgorithmConfig):
@@ -110,7 +110,7 @@ class Prefix(Algorithm):
             say(f"prefix: {unusable(wrong, len(cuts))}")
         soft = self._soft(found)
         return Outcome(
-            feedback=[_feedback(each, self._scorer) for each in found],
+            feedback=[said(each.cut, "prefix", each.completion.completion_id, self._scorer) for each in found],
             samples=[_sample(each, labels) for each, labels in zip(found, soft.labels, strict=True)],
             asked=len(cuts),
             failed=len(wrong),
@@ -123,15 +123,7 @@ class Prefix(Algorithm):
             max_completion_length=self._config.max_completion_length,
             top_logprobs=min(self._config.top_logprobs, can.top_logprobs_max) or None,
         )
-        rollout = cut.rollout
-        return self._teacher.request(
-            rollout.prompt,
-            "prefix",
-            sampling,
-            completion_id=rollout.completion.completion_id,
-            given=cut.text,
-            form=can.prefill,
-        )
+        return go_on(self._teacher, cut, "prefix", sampling, can.prefill)
 
     def _continuation(self, cut: Cut, answer: Completion, reply: PrefillReply) -> Continuation:
         """Joined with the student's own tokens before the cut; these are never tokenised again.
@@ -171,16 +163,6 @@ def _sample(each: Continuation, labels: SoftLabels | None) -> TrainSample:
         input_ids=[*prompt_ids, *before, *each.ids],
         weights={name: on_completion([*prompt_ids, *before], w, size) for name, w in weights.items() if any(w)},
         soft=None if labels is None or not has_label.any() else TopK(labels.ids[has_label], labels.logprobs[has_label]),
-    )
-
-
-def _feedback(each: Continuation, by: str) -> Feedback:
-    return Feedback(
-        completion_id=each.cut.rollout.completion.completion_id,
-        kind="prefix",
-        scorer=by,
-        target_completion_id=each.completion.completion_id,
-        detail={"cut_byte": len(each.cut.text.encode()), "entropy": round(each.cut.entropy, 3)},
     )
 
 

@@ -21,7 +21,16 @@ from typing import Any, Literal
 from pydantic import Field
 
 from blackbox_kd import health
-from blackbox_kd.algorithms.base import Algorithm, AlgorithmConfig, Outcome, Tools, advantages, ce_sample, pg_sample
+from blackbox_kd.algorithms.base import (
+    Algorithm,
+    AlgorithmConfig,
+    Outcome,
+    Tools,
+    advantages,
+    by_prompt,
+    ce_sample,
+    pg_sample,
+)
 from blackbox_kd.algorithms.grading import Graded, Grader, Group
 from blackbox_kd.errors import AlignmentError, ConfigError, TeacherError
 from blackbox_kd.hashing import content_id
@@ -156,26 +165,22 @@ class Reward(Algorithm):
 
     async def _groups(self, rollouts: Sequence[Rollout], round_: int) -> list[Group]:
         """Rollouts by prompt, with the teacher's answers; without one that it has not answered."""
-        by_prompt: dict[str, list[Rollout]] = {}
-        for rollout in rollouts:
-            by_prompt.setdefault(rollout.prompt.prompt_id, []).append(rollout)
-        if odd := [group for group in by_prompt.values() if len(group) != self._config.num_generations]:
+        groups = by_prompt(rollouts)
+        if odd := [group for group in groups if len(group) != self._config.num_generations]:
             raise AlignmentError(f"{len(odd[0])} rollouts of a prompt, not {self._config.num_generations}")
         teacher = self._tools.teacher
-        asked = {
-            prompt_id: [teacher.answer(group[0].prompt, sample_idx=i) for i in range(self._config.references)]
-            for prompt_id, group in by_prompt.items()
-        }
-        found = await teacher.answers(
-            [request for requests in asked.values() for request in requests], round_=round_, description="references"
-        )
-        groups = []
-        for prompt_id, group in by_prompt.items():
-            texts = [usable_text(found.get(request.request_key)) for request in asked[prompt_id]]
+        asked = [
+            [teacher.answer(group[0].prompt, sample_idx=i) for i in range(self._config.references)] for group in groups
+        ]
+        requests = [request for each in asked for request in each]
+        found = await teacher.answers(requests, round_=round_, description="references")
+        answered = []
+        for group, references in zip(groups, asked, strict=True):
+            texts = [usable_text(found.get(request.request_key)) for request in references]
             usable = list(dict.fromkeys(text for text in texts if text))
             if usable or not texts:
-                groups.append(Group(group, usable))
-        return groups
+                answered.append(Group(group, usable))
+        return answered
 
     async def _second_opinion(
         self, unseen: Grader, graded: list[tuple[Group, Graded]], round_: int

@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field
 
 from blackbox_kd import health
-from blackbox_kd.algorithms.base import Algorithm, AlgorithmConfig, Outcome, Tools, on_completion
+from blackbox_kd.algorithms.base import Algorithm, AlgorithmConfig, Outcome, Tools, pg_sample, soft_sample
 from blackbox_kd.align import SoftLabels, Span
 from blackbox_kd.errors import AlignmentError
 from blackbox_kd.progress import say
@@ -131,28 +131,13 @@ class Score(Algorithm):
         ratios, sizes = log_ratios(scored)
         values = bounded(ratios, config.alpha) / (sizes if config.spread == "even" else 1)
         values = np.where(np.isfinite(values), values, 0.0)
-        return self._sample(rollout, "pg", values, logprobs={"old": rollout.logprobs}) if values.any() else None
+        return pg_sample(rollout, values.tolist()) if values.any() else None
 
     def _targets(self, scored: Scored) -> TrainSample | None:
         labels = scored.labels
         labelled = with_label(labels)
         soft = TopK(labels.ids[labelled], labels.logprobs[labelled])
-        return self._sample(scored.rollout, "topk_kl", labelled.astype(float), soft=soft) if labelled.any() else None
-
-    @staticmethod
-    def _sample(
-        rollout: Rollout, name: str, weights: np.ndarray, *, soft: TopK | None = None,
-        logprobs: dict[str, list[float]] | None = None,
-    ) -> TrainSample:  # fmt: skip
-        size = len(rollout.completion_ids)
-        streams = {key: on_completion(rollout.prompt_ids, values, size) for key, values in (logprobs or {}).items()}
-        return TrainSample(
-            sample_id=rollout.completion.completion_id,
-            input_ids=[*rollout.prompt_ids, *rollout.completion_ids],
-            weights={name: on_completion(rollout.prompt_ids, weights.tolist(), size)},
-            soft=soft,
-            logprobs=streams,
-        )
+        return soft_sample(scored.rollout, labelled.tolist(), soft) if labelled.any() else None
 
     def _feedback(self, scored: Scored) -> Feedback:
         """The mean logprob that the teacher gives to what the student wrote, nats a token of the teacher's."""

@@ -134,27 +134,15 @@ class Budget:
         """Of all endpoints."""
         return self._purse.spent
 
-    @spent.setter
-    def spent(self, value: Amount) -> None:
-        self._purse.spent = value
-
     @property
     def reserved(self) -> Amount:
         """The worst case of what is in flight."""
         return self._purse.reserved
 
-    @reserved.setter
-    def reserved(self, value: Amount) -> None:
-        self._purse.reserved = value
-
     @property
     def under_way(self) -> Amount:
         """The worst case of what is in batches."""
         return self._purse.under_way
-
-    @under_way.setter
-    def under_way(self, value: Amount) -> None:
-        self._purse.under_way = value
 
     @property
     def is_counted(self) -> bool:
@@ -172,11 +160,11 @@ class Budget:
         Raises:
             ConfigError: see `worst_case`.
         """
-        self.under_way, self._purse.is_counted = Amount(), True
+        self._purse.under_way, self._purse.is_counted = Amount(), True
         unpriced = self._at_most(billed.unpriced)
-        self.spent = Amount(billed.cost_usd + unpriced.usd, billed.tokens, billed.calls)
+        self._purse.spent = Amount(billed.cost_usd + unpriced.usd, billed.tokens, billed.calls)
         for body in billed.uncertain:
-            self.spent += self._at_most(worst_case(body))
+            self._purse.spent += self._at_most(worst_case(body))
 
     def _at_most(self, usage: Usage) -> Amount:
         """Of a call to whichever endpoint of the run: at the highest price."""
@@ -201,12 +189,12 @@ class Budget:
             await self._purse.settled.wait()
         if stopped():
             raise Stopped
-        self.reserved += worst
+        self._purse.reserved += worst
         return worst
 
     def commit(self, body: dict[str, Any]) -> None:
         """A question is in a batch already: its worst case counts until the history is counted again."""
-        self.under_way += self._in_batch(body)
+        self._purse.under_way += self._in_batch(body)
 
     def _in_batch(self, body: dict[str, Any]) -> Amount:
         worst = self.amount(worst_case(body))
@@ -224,19 +212,19 @@ class Budget:
         worst = self._in_batch(body)
         if over := self._over(self.spent + self.under_way + self.reserved + worst):
             raise self._exhausted(over)
-        self.under_way += worst
+        self._purse.under_way += worst
 
     def _exhausted(self, over: str) -> BudgetExhausted:
         return BudgetExhausted(f"stopped at the budget: {over} ({self.line()}); a higher cap goes on from here")
 
     def free(self, reserved: Amount) -> None:
         """The call did not leave."""
-        self.reserved -= reserved
+        self._purse.reserved -= reserved
         self.wake()
 
     def settle(self, reserved: Amount, attempt: Attempt) -> None:
         """The call is back: what it cost is spent, the rest is free again."""
-        self.spent += self._billed(attempt, reserved)
+        self._purse.spent += self._billed(attempt, reserved)
         self.free(reserved)
 
     def wake(self) -> None:
