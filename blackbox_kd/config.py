@@ -142,6 +142,21 @@ class SftConfig(Section):
     """Goes to trl.SFTConfig untouched (learning_rate, num_train_epochs, per_device_train_batch_size, ...)."""
 
 
+class VllmConfig(Section):
+    """A vLLM server with `--enable-lora` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, which sees the run directory."""
+
+    base_url: str
+    """Up to and including /v1."""
+    model: str
+    """What it calls the student's base."""
+    api_key_env: str | None = None
+    """Environment variable with the key; null for a server without one."""
+    concurrency: int = Field(64, ge=1)
+    """Most rollouts in flight at once."""
+    timeout_s: float = Field(600.0, gt=0)
+    """Seconds for one rollout."""
+
+
 class UpdateConfig(Section):
     """The on-policy update: AdamW on the adapter, at a constant rate, its state handed from round to round."""
 

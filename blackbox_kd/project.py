@@ -135,7 +135,7 @@ class Project:
         found["questions"] = content_id([request.request_key for request in self.sample_requests()])
         if checkpoint != "sft":
             found |= config.sections("onpolicy")
-            del found["onpolicy"]["rounds"]
+            del found["onpolicy"]["rounds"], found["onpolicy"]["vllm"]
             found["algorithm_files"] = config.onpolicy.algorithm.files_hash()
             if config.onpolicy.algorithm.needs_judge and self.judge:
                 found["judge"] = {"model": self.judge.config.model, "prompt": self.judge.context.context_hash}

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
+
+from blackbox_kd import vllm
+from blackbox_kd.config import VllmConfig
 from blackbox_kd.corpus import Corpus
-from blackbox_kd.errors import AlignmentError
+from blackbox_kd.errors import AlignmentError, TeacherError
 from blackbox_kd.progress import say
 from blackbox_kd.student.student import Student
 from blackbox_kd.types import (
@@ -23,6 +28,8 @@ from blackbox_kd.types import (
 
 TOP = 20
 """Alternatives of the student's own that a rollout carries: as many as the hosted APIs show of a teacher's."""
+SAME_POLICY_NATS = 0.05
+"""Mean of a token; a server in bfloat16 comes to about 0.01."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +45,10 @@ class Writer:
     batch_size: int
     corpus: Corpus
     run_id: str
+    server: VllmConfig | None = None
+    """Draws scored answers in the student's place."""
+    adapter: Path | None = None
+    """What the server is to load: the adapter that the student has; None for its base."""
 
     def answers(
         self, prompts: Sequence[Prompt], *, n: int = 1, scored: bool = False
@@ -58,10 +69,8 @@ class Writer:
         todo = [(p, r) for (p, _), r in zip(drawn, requests, strict=True) if r.request_key not in known]
         if todo:
             self.corpus.add_requests([request for _, request in todo])
-            written = self._write([(request, prompt_ids[prompt.prompt_id]) for prompt, request in todo], scored)
-            by = scorer(student.config.model, student.policy)
-            self.corpus.add_completions(written, scorer=by, run_id=self.run_id)
-            known |= {completion.request_key: [completion] for completion in written}
+            asked = [(request, prompt_ids[prompt.prompt_id]) for prompt, request in todo]
+            known |= self._served(self.server, asked) if self.server and scored else self._written(asked, scored)
         return [(p, known[r.request_key][0]) for (p, _), r in zip(drawn, requests, strict=True)]
 
     def rollouts(self, prompts: Sequence[Prompt], *, n: int = 1) -> list[Rollout]:
@@ -71,7 +80,8 @@ class Writer:
         a kill would not be the same.
 
         Raises:
-            AlignmentError: stored tokens that do not spell the stored text.
+            AlignmentError: stored tokens that do not spell the stored text, or that another policy wrote.
+            TeacherError: see `vllm.draw`.
         """
         student = self.student
         answers = self.answers(prompts, n=n, scored=True)
@@ -79,6 +89,7 @@ class Writer:
         prompt_ids = [student.renderer.prompt(prompt.messages) for prompt, _ in answers]
         rows = [student.renderer.join(*each) for each in zip(prompt_ids, ids, strict=True)]
         scores = student.score(rows, batch_size=self.batch_size, k=TOP)
+        check_policy([completion for _, completion in answers], [each.logprobs for each in scores])
         return [
             Rollout(
                 prompt=prompt,
@@ -106,6 +117,30 @@ class Writer:
         return Request(
             purpose=self.purpose, endpoint="generate", body=body, prompt_id=prompt.prompt_id, sample_idx=draw
         )
+
+    def _served(self, server: VllmConfig, todo: Sequence[tuple[Request, list[int]]]) -> dict[str, list[Completion]]:
+        student, requests = self.student, [request for request, _ in todo]
+        prompts_ids = {request.request_key: ids for request, ids in todo}
+
+        def made(request: Request, ids: list[int], logprobs: list[float]) -> Completion:
+            return self._completion(request, len(prompts_ids[request.request_key]), ids, self._tokens(ids, logprobs))
+
+        adapter = None if self.adapter is None else (student.policy, self.adapter)
+        vllm.draw(server, adapter, prompts_ids, requests, made, student.renderer.end_id, self.corpus, self.run_id)
+        found = self.corpus.answers(list(prompts_ids))
+        if len(found) < len(requests):
+            raise TeacherError(
+                f"onpolicy.vllm: {len(requests) - len(found)} of {len(requests)} rollouts were not written; the same "
+                "command asks for them again"
+            )
+        return found
+
+    def _written(self, todo: Sequence[tuple[Request, list[int]]], scored: bool) -> dict[str, list[Completion]]:
+        student = self.student
+        written = self._write(todo, scored)
+        by = scorer(student.config.model, student.policy)
+        self.corpus.add_completions(written, scorer=by, run_id=self.run_id)
+        return {completion.request_key: [completion] for completion in written}
 
     def _write(self, todo: Sequence[tuple[Request, list[int]]], scored: bool) -> list[Completion]:
         student = self.student
@@ -153,3 +188,21 @@ class Writer:
         if len(ids) != completion.usage.completion_tokens or self.student.renderer.decode(ids) != completion.text:
             raise AlignmentError(f"the stored tokens of rollout {completion.completion_id} do not spell its text")
         return ids
+
+
+def check_policy(completions: Sequence[Completion], logprobs: Sequence[np.ndarray]) -> float:
+    """How far the log-probs that were kept with drawn tokens are from those of the student, mean nats a token.
+
+    Raises:
+        AlignmentError: it is another policy that drew them: a server has another adapter or base, or the weights of a
+            checkpoint were changed.
+    """
+    drawn = [token.logprob for completion in completions for token in completion.logprobs or []]
+    scored = np.concatenate([*logprobs, np.empty(0)])
+    apart = float(np.abs(np.array(drawn) - scored).mean()) if drawn else 0.0
+    if apart > SAME_POLICY_NATS:
+        raise AlignmentError(
+            f"the drawn tokens were kept with log-probs that are {apart:.3f} nats a token from the student's (the "
+            f"limit is {SAME_POLICY_NATS}): another policy wrote them"
+        )
+    return apart

@@ -20,6 +20,7 @@ from blackbox_kd.config import (
     SftConfig,
     StudentConfig,
     UpdateConfig,
+    VllmConfig,
 )
 from blackbox_kd.teachers import providers
 from blackbox_kd.teachers.base import TeacherConfig
@@ -51,6 +52,8 @@ class OnPolicyConfig(Section):
     max_completion_length: int = Field(256, ge=1)
     """Tokens of a rollout."""
     rollout_batch_size: int = Field(16, ge=1)
+    vllm: VllmConfig | None = None
+    """Who writes the rollouts; null: the model that is trained, by transformers."""
     max_staleness: int = Field(0, ge=0, le=1)
     """0: a round's samples are of the policy that they update. 1: of the one before it, so that the student writes and
     learns while the teacher works."""

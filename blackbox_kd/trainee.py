@@ -56,6 +56,8 @@ class Trainee:
         After a restart that is no longer the policy that the student has: then its checkpoint writes.
         """
         project, student, loop = self.project, self.student, self.loop
+        wrote = max(0, round_ - 1 - loop.max_staleness)
+        policy = None if loop.algorithm.writer == "base" else project.run_dir.checkpoint(checkpoints(project)[wrote])
         writer = Writer(
             student=student,
             sampling=loop.sampling,
@@ -65,11 +67,11 @@ class Trainee:
             batch_size=loop.rollout_batch_size,
             corpus=project.corpus,
             run_id=project.run_id,
+            server=loop.vllm,
+            adapter=policy,
         )
         prompts = draw(project, round_)
         project.corpus.add_prompts(prompts)
-        wrote = max(0, round_ - 1 - loop.max_staleness)
-        policy = None if loop.algorithm.writer == "base" else project.run_dir.checkpoint(checkpoints(project)[wrote])
         with student.under(policy) if policy is None or wrote != self.done else nullcontext():
             return writer.rollouts(prompts, n=loop.algorithm.rollouts_per_prompt)
 

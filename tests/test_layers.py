@@ -19,7 +19,7 @@ LAYERS: dict[str, float] = {
     "student": 2.2, "losses": 2.2, "align": 2.2,
     "algorithms": 3, "soft_labels": 3, "health": 3,
     "settings": 4, "project": 4, "command": 4,
-    "model_card": 4, "rollout": 4, "sample": 4, "sft": 4, "onpolicy": 4, "evaluate": 4, "run": 4,
+    "model_card": 4, "vllm": 4, "rollout": 4, "sample": 4, "sft": 4, "onpolicy": 4, "evaluate": 4, "run": 4,
     "probe": 4, "export": 4, "sql": 4, "status": 4, "serve": 4, "plan": 4, "show": 4, "doctor": 4, "compact": 4,
     "yardstick": 4, "trainee": 4,
     "__main__": 5,

@@ -35,7 +35,7 @@ _RECENT = f"""WITH recent AS (
     SELECT r.purpose, a.prompt_tokens, a.completion_tokens, a.latency_s,
            strlen((r.body->'messages')::VARCHAR) AS bytes, epoch(a.attempted_at) + a.latency_s AS answered_at
     FROM attempts a JOIN requests r USING (request_key)
-    WHERE r.model = ? AND a.status = 200 AND a.error IS NULL AND a.completion_tokens > 0
+    WHERE r.model = ? AND r.purpose <> 'rollout' AND a.status = 200 AND a.error IS NULL AND a.completion_tokens > 0
     ORDER BY a.attempted_at DESC LIMIT {RECENT})"""
 
 _BY_PURPOSE = f"""{_RECENT} SELECT purpose, count(*), avg(prompt_tokens), avg(completion_tokens),

@@ -260,25 +260,27 @@ class Corpus:
             """SELECT count(*) FILTER (billed), coalesce(sum(prompt_tokens), 0)::BIGINT,
                       coalesce(sum(completion_tokens), 0)::BIGINT, coalesce(sum(cost_usd), 0),
                       count(*) FILTER (billed AND cost_usd IS NULL), count(*) FILTER (billed IS NULL)
-               FROM attempts WHERE run_id = ?::UUID""",
+               FROM attempts JOIN requests USING (request_key) WHERE run_id = ?::UUID AND purpose <> 'rollout'""",
             [run_id],
         )[0]
         return {"calls": calls, "prompt_tokens": prompt, "completion_tokens": completion,
                 "cost_usd": None if unpriced else cost, "unknown_calls": unknown}  # fmt: skip
 
     def billed(self, run_id: str) -> Billed:
-        """What counts against the caps of a run."""
+        """What counts against the caps of a run; its student's own calls do not."""
         (row,) = self.rows(
             """SELECT coalesce(sum(cost_usd), 0)::DOUBLE, coalesce(sum(prompt_tokens + completion_tokens), 0)::BIGINT,
                       count(*), coalesce(sum(prompt_tokens) FILTER (cost_usd IS NULL), 0)::BIGINT,
                       coalesce(sum(cached_tokens) FILTER (cost_usd IS NULL), 0)::BIGINT,
                       coalesce(sum(completion_tokens) FILTER (cost_usd IS NULL), 0)::BIGINT
-               FROM attempts WHERE run_id = ?::UUID AND billed AND prompt_tokens + completion_tokens > 0""",
+               FROM attempts JOIN requests USING (request_key) WHERE run_id = ?::UUID AND purpose <> 'rollout'
+               AND billed AND prompt_tokens + completion_tokens > 0""",
             [run_id],
         )
         uncertain = self.rows(
-            """SELECT r.body FROM attempts a JOIN requests r USING (request_key) WHERE a.run_id = ?::UUID
-               AND (a.billed IS NULL OR (a.billed AND a.prompt_tokens + a.completion_tokens = 0))""",
+            """SELECT body FROM attempts JOIN requests USING (request_key)
+               WHERE run_id = ?::UUID AND purpose <> 'rollout'
+               AND (billed IS NULL OR (billed AND prompt_tokens + completion_tokens = 0))""",
             [run_id],
         )
         unpriced = Usage(prompt_tokens=row[3], cached_tokens=row[4], completion_tokens=row[5])

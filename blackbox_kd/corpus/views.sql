@@ -46,13 +46,14 @@ JOIN completions s ON s.completion_id = f.completion_id
 JOIN completions t ON t.completion_id = f.target_completion_id
 JOIN prompts p ON p.prompt_id = s.prompt_id;
 
--- What each run was billed for; `unknown` was in flight when a process or a connection died.
+-- What each run was billed for, so nothing of its student; `unknown` was in flight when a process or a connection died.
 CREATE OR REPLACE VIEW spend AS
 SELECT a.run_id, r.purpose, r.model, count(*) AS calls, count(*) FILTER (a.billed) AS billed,
        count(*) FILTER (a.billed IS NULL) AS unknown, count(*) FILTER (a.status = 429) AS rate_limited,
        sum(a.prompt_tokens)::BIGINT AS prompt_tokens, sum(a.completion_tokens)::BIGINT AS completion_tokens,
        sum(a.cost_usd) AS cost_usd
 FROM attempts a JOIN requests r USING (request_key)
+WHERE r.purpose <> 'rollout'
 GROUP BY ALL;
 
 -- One row a token.

@@ -169,8 +169,9 @@ class Caller:
 
     def _keep(self, asking: _Asking, attempt: Attempt, done: _Done) -> None:
         dead = asking.bury and isinstance(done.failure, RequestRejected) and not self._is_misdirected(done)
-        by = scorer(asking.request.model, asking.request.context_hash)
         completions, _, scores = done.taken
+        policy = completions[0].policy if completions else None
+        by = scorer(asking.request.model, policy or asking.request.context_hash)
         answered = Answered(attempt=attempt, completions=completions, scorer=by, scores=scores, dead_letter=dead)
         asking.writer.submit(answered)
 

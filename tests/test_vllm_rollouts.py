@@ -1,0 +1,166 @@
+"""Rollouts by a vLLM server: a fake on a real socket that draws with a real student. The real one: test_vllm.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from blackbox_kd.config import StudentConfig, VllmConfig
+from blackbox_kd.corpus import Corpus
+from blackbox_kd.errors import AlignmentError, TeacherError, TeacherRefused
+from blackbox_kd.rollout import Writer
+from blackbox_kd.student.student import Student
+from blackbox_kd.types import Prompt, SamplingParams
+from tests.conftest import RUN_ID
+from tests.fakes import FakeAPI, error_reply, served
+
+
+class FakeVllm(FakeAPI):
+    """Answers "Yes" with the student's own log-probs; `loads` is what it was told of adapters."""
+
+    def __init__(self, student: Student) -> None:
+        super().__init__(self.draw)
+        self.student, self.loads = student, list[tuple[str, dict[str, Any]]]()
+        self.refusal: tuple[int, str] | None = None
+        self.changes: dict[str, Any] = {}
+        """Of each choice."""
+
+    def add_routes(self, router: web.UrlDispatcher) -> None:
+        super().add_routes(router)
+        for name in ("load_lora_adapter", "unload_lora_adapter"):
+            router.add_post(f"/v1/{name}", self.told)
+
+    async def told(self, request: web.Request) -> web.Response:
+        self.loads.append((request.path.rpartition("/")[2], await request.json()))
+        return error_reply(*self.refusal) if self.refusal else web.Response(text="Success")
+
+    def draw(self, body: dict[str, Any], request: web.Request) -> dict[str, Any]:
+        renderer, prompt = self.student.renderer, body["prompt"]
+        ids = renderer.completion("Yes")
+        logprobs = self.student.logprobs([renderer.join(prompt, ids)], batch_size=1)[0]
+        choice = {"index": 0, "text": "Yes", "finish_reason": "stop", "token_ids": ids, "prompt_token_ids": prompt,
+                  "logprobs": {"token_logprobs": logprobs}}  # fmt: skip
+        return {"choices": [choice | self.changes], "usage": {"prompt_tokens": len(prompt), "completion_tokens": 2}}
+
+
+@pytest.fixture(scope="module")
+def student(tiny_model: Path) -> Student:
+    return Student(StudentConfig(model=str(tiny_model), device="cpu", max_length=64))
+
+
+@pytest.fixture
+def vllm(student: Student) -> Iterator[FakeVllm]:
+    api = FakeVllm(student)
+    with served(api):
+        yield api
+
+
+@pytest.fixture
+def writer(student: Student, corpus: Corpus, prompts: list[Prompt], vllm: FakeVllm, tmp_path: Path) -> Writer:
+    corpus.add_prompts(prompts)
+    return Writer(
+        student=student,
+        sampling=SamplingParams(max_completion_length=8),
+        purpose="rollout",
+        round=1,
+        seed=7,
+        batch_size=4,
+        corpus=corpus,
+        run_id=RUN_ID,
+        server=VllmConfig(base_url=vllm.url, model="base"),
+        adapter=tmp_path,
+    )
+
+
+def test_it_draws_under_the_adapter_from_the_students_tokens(
+    writer: Writer, prompts: list[Prompt], vllm: FakeVllm, tmp_path: Path
+) -> None:
+    found = writer.rollouts(prompts, n=2)
+    name = f"policy-{writer.student.policy}"
+    assert vllm.loads == [
+        ("load_lora_adapter", {"lora_name": name, "lora_path": str(tmp_path)}),
+        ("unload_lora_adapter", {"lora_name": name}),
+    ]
+    assert len(vllm.bodies) == 2 * len(prompts) == len(found)
+    assert sorted(body["prompt"] for body in vllm.bodies) == sorted(rollout.prompt_ids for rollout in found)
+    assert {body["model"] for body in vllm.bodies} == {name}
+    assert len({body["seed"] for body in vllm.bodies}) == len(found)  # a draw of its own for each
+    assert all(body["stop_token_ids"] == [writer.student.renderer.end_id] for body in vllm.bodies)
+    assert {rollout.completion.text for rollout in found} == {"Yes"}
+    assert {(c.author, c.policy, c.round) for c in (r.completion for r in found)} == {
+        ("student", writer.student.policy, 1)
+    }
+    scorers = writer.corpus.rows("SELECT DISTINCT scorer FROM logprobs")
+    assert scorers == [(f"{writer.student.config.model}@{writer.student.policy}",)]
+
+
+def test_what_it_drew_is_read_back(writer: Writer, prompts: list[Prompt], vllm: FakeVllm) -> None:
+    first = writer.rollouts(prompts)
+    asked, loads = len(vllm.bodies), len(vllm.loads)
+    again = writer.rollouts(prompts)
+    assert (len(vllm.bodies), len(vllm.loads)) == (asked, loads)
+    assert [r.completion_ids for r in again] == [r.completion_ids for r in first]
+
+
+def test_without_an_adapter_the_base_draws(writer: Writer, prompts: list[Prompt], vllm: FakeVllm) -> None:
+    replace(writer, adapter=None).rollouts(prompts)
+    assert not vllm.loads
+    assert {body["model"] for body in vllm.bodies} == {"base"}
+
+
+def test_the_students_own_calls_cost_nothing(writer: Writer, prompts: list[Prompt]) -> None:
+    writer.rollouts(prompts)
+    assert writer.corpus.rows("SELECT count(*) FROM attempts WHERE billed") == [(len(prompts),)]
+    assert writer.corpus.spend(RUN_ID)["calls"] == 0
+    assert writer.corpus.billed(RUN_ID).calls == writer.corpus.billed(RUN_ID).tokens == 0
+    assert writer.corpus.rows("FROM spend") == []
+
+
+def test_another_adapter_on_the_server_is_found_out(writer: Writer, prompts: list[Prompt], vllm: FakeVllm) -> None:
+    vllm.changes = {"logprobs": {"token_logprobs": [-0.1] * len(vllm.student.renderer.completion("Yes"))}}
+    with pytest.raises(AlignmentError, match="another policy wrote them"):
+        writer.rollouts(prompts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        ({"prompt_token_ids": [1, 2]}, AlignmentError, "other tokens than it was given"),
+        ({"logprobs": {"token_logprobs": [-0.1]}}, AlignmentError, "1 log-probs for"),
+        ({"logprobs": None}, AlignmentError, "0 log-probs for"),
+        ({"token_ids": None}, TeacherRefused, r"onpolicy.vllm at http.*vLLM 0\.10\.2"),
+    ],
+)
+def test_a_reply_that_does_not_fit_stops_the_run(
+    writer: Writer, prompts: list[Prompt], vllm: FakeVllm, changes: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    vllm.changes = changes
+    with pytest.raises(error, match=match):
+        writer.rollouts(prompts)
+
+
+def test_a_server_that_does_not_load_adapters_is_one_line(
+    writer: Writer, prompts: list[Prompt], vllm: FakeVllm
+) -> None:
+    vllm.refusal = 404, "Not Found"
+    with pytest.raises(TeacherRefused, match="--enable-lora") as raised:
+        writer.rollouts(prompts)
+    assert "\n" not in str(raised.value)
+    assert not vllm.bodies
+
+
+def test_an_adapter_that_is_there_already_is_used(writer: Writer, prompts: list[Prompt], vllm: FakeVllm) -> None:
+    vllm.refusal = 400, "The lora adapter 'x' has already been loaded."
+    assert len(writer.rollouts(prompts)) == len(prompts)
+
+
+def test_what_it_does_not_draw_is_missed(writer: Writer, prompts: list[Prompt], vllm: FakeVllm) -> None:
+    long = writer.student.renderer.prompt(prompts[0].messages)
+    vllm.handler = lambda body, r: error_reply(400, "too long") if body["prompt"] == long else vllm.draw(body, r)
+    with pytest.raises(TeacherError, match=f"1 of {len(prompts)} rollouts were not written"):
+        writer.rollouts(prompts)
