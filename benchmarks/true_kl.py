@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from paired import minus
 from transformers import TrainerCallback
 
 from blackbox_kd import sample, sft, yardstick
@@ -53,7 +54,7 @@ METRICS = ("true_kl", "true_reverse_kl", "tail_kl", "server_tail_kl", "teacher_n
 
 @torch.no_grad()
 def distributions(student: Student, rows: Sequence[Rendered], batch_size: int = 16) -> list[torch.Tensor]:
-    """(S, V) log-probabilities at each supervised token of each row."""
+    """(S, V) log-probabilities at each supervised token of each row, on the CPU."""
     found = []
     student.model.eval()
     for start in range(0, len(rows), batch_size):
@@ -63,6 +64,7 @@ def distributions(student: Student, rows: Sequence[Rendered], batch_size: int = 
         labels = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True)
         first = first_kept(labels)
         logits = logits_from(student.model, input_ids, mask, first)
+        logits = logits.cpu()
         found += [row[mine].float().log_softmax(-1) for row, mine in zip(logits, labels[:, first:], strict=True)]
     return found
 
@@ -207,22 +209,10 @@ async def _ask(project: Project) -> None:
 
 def difference(
     runs: dict[tuple[str, int], dict[str, Any]], arm: str, seeds: Sequence[int], step: str, name: str
-) -> list[float]:
-    """An arm minus hard in nats per token: mean and 95% interval, seeds and then prompts drawn with replacement."""
-    sums = {key: np.array(run["steps"][step][name]) for key, run in runs.items()}
-    tokens = np.array(next(iter(runs.values()))["steps"][step]["tokens"])
-    rng = np.random.default_rng(0)
-    draws = []
-    for _ in range(4000):
-        picked = rng.choice(np.array(seeds), len(seeds))
-        rows = [rng.integers(0, len(tokens), len(tokens)) for _ in picked]
-        each = [
-            (sums[arm, int(seed)][at].sum() - sums["hard", int(seed)][at].sum()) / tokens[at].sum()
-            for seed, at in zip(picked, rows, strict=True)
-        ]
-        draws.append(float(np.mean(each)))
-    value = np.mean([(sums[arm, s].sum() - sums["hard", s].sum()) / tokens.sum() for s in seeds])
-    return [float(value), *map(float, np.percentile(draws, [2.5, 97.5]))]
+) -> tuple[float, float, float]:
+    """An arm minus hard in nats per token, see `paired.minus`."""
+    ours, hard = ([runs[which, seed]["steps"][step][name] for seed in seeds] for which in (arm, "hard"))
+    return minus(ours, hard, next(iter(runs.values()))["steps"][step]["tokens"])
 
 
 def summary(runs: dict[tuple[str, int], dict[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:

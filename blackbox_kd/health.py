@@ -13,15 +13,26 @@ SMALLEST = 1e-7
 
 
 def of_rollouts(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """What the student wrote: length in tokens, mean logprob and entropy a token, share of different word pairs."""
+    """What the student wrote: length in tokens, logprob and entropy a token, share of different word pairs, ..."""
     tokens = max(1, sum(len(r.completion_ids) for r in rollouts))
     return {
         "rollout_length": tokens / max(1, len(rollouts)),
         "rollout_logprob": sum(sum(r.logprobs) for r in rollouts) / tokens,
         "rollout_entropy": sum(float(entropy(r.top).sum()) for r in rollouts if r.top is not None) / tokens,
         "rollout_cut_off": sum(r.completion.finish_reason != "stop" for r in rollouts) / max(1, len(rollouts)),
+        "rollout_logprob_gap": logprob_gap(rollouts),
         "distinct_2": distinct([r.completion.text for r in rollouts], 2),
     }
+
+
+def logprob_gap(rollouts: Sequence[Rollout]) -> float:
+    """Mean of a token: how far the log-probs that it was kept with are from those of the student that is trained.
+
+    Rounding where the student drew it itself; a server draws with other kernels, or from another policy by mistake.
+    """
+    kept = [token.logprob for rollout in rollouts for token in rollout.completion.logprobs or ()]
+    now = [logprob for rollout in rollouts if rollout.completion.logprobs for logprob in rollout.logprobs]
+    return float(np.abs(np.subtract(kept, now)).mean()) if kept else 0.0
 
 
 def entropy(top: TopK) -> np.ndarray:

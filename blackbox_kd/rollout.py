@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from blackbox_kd import vllm
+from blackbox_kd import health, vllm
 from blackbox_kd.config import VllmConfig
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.errors import AlignmentError, TeacherError
@@ -89,8 +87,7 @@ class Writer:
         prompt_ids = [student.renderer.prompt(prompt.messages) for prompt, _ in answers]
         rows = [student.renderer.join(*each) for each in zip(prompt_ids, ids, strict=True)]
         scores = student.score(rows, batch_size=self.batch_size, k=TOP)
-        check_policy([completion for _, completion in answers], [each.logprobs for each in scores])
-        return [
+        found = [
             Rollout(
                 prompt=prompt,
                 completion=completion,
@@ -102,6 +99,12 @@ class Writer:
             )
             for i, (prompt, completion) in enumerate(answers)
         ]
+        if (apart := health.logprob_gap(found)) > SAME_POLICY_NATS:
+            raise AlignmentError(
+                f"the drawn tokens were kept with log-probs that are {apart:.3f} nats a token from the student's (the "
+                f"limit is {SAME_POLICY_NATS}): another policy wrote them"
+            )
+        return found
 
     def _request(self, prompt: Prompt, draw: int) -> Request:
         body = {
@@ -188,21 +191,3 @@ class Writer:
         if len(ids) != completion.usage.completion_tokens or self.student.renderer.decode(ids) != completion.text:
             raise AlignmentError(f"the stored tokens of rollout {completion.completion_id} do not spell its text")
         return ids
-
-
-def check_policy(completions: Sequence[Completion], logprobs: Sequence[np.ndarray]) -> float:
-    """How far the log-probs that were kept with drawn tokens are from those of the student, mean nats a token.
-
-    Raises:
-        AlignmentError: it is another policy that drew them: a server has another adapter or base, or the weights of a
-            checkpoint were changed.
-    """
-    drawn = [token.logprob for completion in completions for token in completion.logprobs or []]
-    scored = np.concatenate([*logprobs, np.empty(0)])
-    apart = float(np.abs(np.array(drawn) - scored).mean()) if drawn else 0.0
-    if apart > SAME_POLICY_NATS:
-        raise AlignmentError(
-            f"the drawn tokens were kept with log-probs that are {apart:.3f} nats a token from the student's (the "
-            f"limit is {SAME_POLICY_NATS}): another policy wrote them"
-        )
-    return apart

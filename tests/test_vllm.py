@@ -1,4 +1,4 @@
-"""The probe against a real vLLM, on the CPU and in an environment of its own: `make test-vllm`."""
+"""Probe, scores and rollouts of a real vLLM, on the CPU and in an environment of its own: `make test-vllm`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 from msgspec.structs import replace
 
 from blackbox_kd.__main__ import main
-from blackbox_kd.corpus import Corpus
+from blackbox_kd.corpus import Corpus, query
 from blackbox_kd.teachers.openai import OpenAITeacherConfig
 from blackbox_kd.teachers.teacher import Teacher
 from blackbox_kd.types import Completion, SamplingParams, TeacherTokens
@@ -29,9 +30,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
 START_S = 300.0
 OPTIONS = "--host 127.0.0.1 --dtype float32 --max-model-len 2048 --max-num-seqs 8 --enforce-eager --max-logprobs 50000"
+OPTIONS += " --enable-lora --max-lora-rank 16"
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "2",
@@ -114,3 +117,44 @@ def test_vllm_scores_an_answer_as_it_wrote_it(vllm: str, corpus: Corpus) -> None
     assert scored.token_logprobs[: len(tokens)] == pytest.approx([t.logprob for t in tokens], abs=5e-3)
     assert vocab[int(scored.token_ids[-1])].text == "<|im_end|>"
     assert scored.top_ids.shape == (len(scored.token_ids), 5)
+
+
+def test_rounds_are_written_by_each_rounds_adapter_and_scored(vllm: str, tmp_path: Path) -> None:
+    """The whole loop: vLLM is the teacher, with a private prompt, and draws the student's rollouts."""
+    questions = [f"Name {n} colours." for n in ("two", "three", "four", "five", "six", "seven")]
+    for split, rows in (("train", questions), ("heldout", ["Name a tree."])):
+        lines = [json.dumps({"prompt": row}) for row in rows]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "system.md.j2").write_text("Answer in capital letters, in three words.")
+    endpoint = {"base_url": vllm, "model": "smollm2", "api_key_env": None}
+    config = {
+        "run_dir": str(tmp_path / "run"),
+        "prompts": {"path": str(tmp_path)},
+        "teacher": {"provider": "openai", **endpoint, "prompt": {"template": str(tmp_path / "system.md.j2")}},
+        "sample": {"max_prompts": 3, "max_completion_length": 16},
+        "student": {"model": GGUF, "device": "cpu", "max_length": 128, "lora": {"r": 8}},
+        "sft": {"dev_fraction": 0, "trainer": {"max_steps": 4, "learning_rate": 1e-3}},
+        "onpolicy": {
+            "algorithm": {"name": "score", "loss": "kl"},
+            "rounds": 2,
+            "prompts_per_round": 3,
+            "max_completion_length": 16,
+            "vllm": endpoint,
+            "update": {"max_steps": 2, "learning_rate": 1e-3},
+        },
+        "evaluate": {"every_steps": None},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    for stage in ("probe", "sample", "sft", "onpolicy"):
+        assert main([stage, "--config", str(path)]) == 0
+    corpus = tmp_path / "run/corpus.duckdb"
+    wrote = query(corpus, "SELECT round, count(*), count(DISTINCT policy) FROM rollouts GROUP BY ALL ORDER BY ALL")[1]
+    assert wrote == [(1, 3, 1), (2, 3, 1)]
+    assert query(corpus, "SELECT count(DISTINCT policy) FROM rollouts")[1] == [(2,)]
+    by_vllm = "SELECT count(*) FROM attempts JOIN requests USING (request_key) WHERE purpose = 'rollout'"
+    assert query(corpus, by_vllm)[1] == [(6,)]
+    scored = "SELECT round, count(*) FROM feedback WHERE kind = 'score' GROUP BY ALL ORDER BY ALL"
+    assert query(corpus, scored)[1] == [(1, 3), (2, 3)]
+    apart = "SELECT max(value) FROM metrics WHERE name = 'rollout_logprob_gap'"
+    assert query(corpus, apart)[1][0][0] < 5e-3
