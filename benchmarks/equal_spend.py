@@ -10,7 +10,7 @@ arm whose loop asks nothing has the whole spend for its sft.
   rows     arm, seed, spend (the target), teacher_tokens (what it came to), metrics on the same held-out answers
   minus    each arm minus `sft` in true forward KL by spend, with a bootstrap interval over seeds and prompts
   wins     share of the spends where that interval lies wholly below zero
-Runs are resumable, one by one, each a process; seed 1 of all arms comes first, so that what is done is a whole table.
+Runs are resumable one by one; seed 1 of all arms comes first, so that what is done is a whole table.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import subprocess
-import sys
+import math
+import os
+import random
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,35 +49,52 @@ DEV = 32
 HELD = {"heldout": 48, "ood": 24, "holdback": 24}
 
 
+Settings = dict[str, Any]
+"""Overrides of the quickstart."""
+
+LOOP: list[Settings] = [
+    {"share": share, "onpolicy.update.learning_rate": rate} for share in (0.25, 0.5) for rate in (1e-4, 3e-4)
+]
+FREE: list[Settings] = [{"onpolicy.update.learning_rate": rate} for rate in (3e-5, 1e-4, 3e-4)]
+COPY: list[Settings] = [
+    {"sft.trainer.learning_rate": 3e-4},
+    {"sft.trainer.learning_rate": 1e-3},
+    {"sft.trainer.learning_rate": 3e-4, "sft.dev_fraction": 0, "sft.trainer.num_train_epochs": 6},
+    {"sft.trainer.learning_rate": 1e-3, "sft.dev_fraction": 0, "sft.trainer.num_train_epochs": 4},
+]
+
+
 class Arm(NamedTuple):
     """What a run does with its spend."""
 
-    share: float = 0.0
-    """Of the spend that goes into the loop."""
-    cost: float = 0.0
-    """Teacher tokens of the loop for each of its prompts, as `--seeds 0` measured it; 0: it asks nothing."""
     algorithm: str | None = None
     """Of benchmarks/algorithms.py; None: no loop."""
-    settings: dict[str, Any] = {}
-    """Overrides of the quickstart: the trial that was the best of at most four on the dev prompts."""
+    cost: float = 0.0
+    """Teacher tokens of the loop for each of its prompts, as it was measured; 0: it asks nothing."""
+    trials: list[Settings] = LOOP
+    """Tried at the smallest spend on the dev prompts; `share` is the loop's of the spend."""
+    settings: Settings = {}
 
 
 ARMS = {
-    "sft": Arm(settings={"sft.soft_labels": False}),
-    "sft:soft": Arm(),
-    "relabel": Arm(0.5, 480, "relabel"),
-    "relabel:worst": Arm(0.5, 240, "relabel:worst"),
-    "relabel:afresh": Arm(0.5, 168, "relabel:afresh"),
-    "prefix": Arm(0.5, 360, "prefix"),
-    "preference:snapshot": Arm(0.0, 0, "preference:snapshot"),
-    "preference:fresh": Arm(0.5, 335, "preference:fresh"),
-    "reward:best_of_n": Arm(0.5, 1500, "reward:best_of_n"),
-    "reward:pg": Arm(0.5, 1500, "reward:pg"),
-    "score:pg": Arm(0.5, 12_000, "score:pg"),
-    "score:kl": Arm(0.5, 12_000, "score:kl"),
-    "forks": Arm(0.5, 1360, "forks"),
-    "gad": Arm(0.0, 0, "gad"),
+    "sft": Arm(trials=COPY, settings={"sft.soft_labels": False}),
+    "sft:soft": Arm(trials=COPY),
+    "relabel": Arm("relabel", 480),
+    "relabel:worst": Arm("relabel:worst", 240),
+    "relabel:afresh": Arm("relabel:afresh", 168),
+    "prefix": Arm("prefix", 360),
+    "preference:snapshot": Arm("preference:snapshot", trials=FREE),
+    "preference:fresh": Arm("preference:fresh", 335),
+    "reward:best_of_n": Arm("reward:best_of_n", 1500),
+    "reward:pg": Arm("reward:pg", 1500),
+    "score:pg": Arm("score:pg", 12_000),
+    "score:kl": Arm("score:kl", 12_000),
+    "forks": Arm("forks", 1360),
+    "gad": Arm("gad", trials=FREE),
 }
+TUNED = Path(__file__).parent / "results" / "equal_spend_tuned.json"
+"""arm -> the trial that is taken, and what each came to on the dev prompts; made by --tune, then frozen."""
+TUNING_SEED = 0
 
 
 class Sizes(NamedTuple):
@@ -84,59 +104,88 @@ class Sizes(NamedTuple):
     prompts_per_round: int
 
 
-def sizes(arm: Arm, spend: int) -> Sizes:
+def sizes(arm: Arm, spend: int, share: float) -> Sizes:
     """Answers for sft, and prompts of each round."""
-    in_loop = int(spend * arm.share / arm.cost / ROUNDS) if arm.cost else 0
-    answers = round((spend - in_loop * ROUNDS * arm.cost) / ANSWER_TOKENS)
-    if arm.cost and not in_loop:  # not even one prompt a round: the least that there is
-        return Sizes(answers, 1)
+    in_loop = int(spend * share / arm.cost / ROUNDS) if arm.cost else 0
+    if arm.cost and not in_loop:
+        in_loop = 1  # not even one prompt a round: the least that there is
+    answers = max(1, round((spend - in_loop * ROUNDS * arm.cost) / ANSWER_TOKENS))
     return Sizes(answers, in_loop or min(16, answers))
 
 
-def settings(name: str, spend: int, seed: int, out: Path, device: str) -> list[tuple[str, str]]:
-    """Overrides of the quickstart; seed 0 is measured on the dev prompts."""
-    arm = ARMS[name]
-    size = sizes(arm, spend)
-    fresh = ROUNDS * size.prompts_per_round if arm.cost else 0
-    flags: dict[str, Any] = {
-        "seed": seed,
-        "run_dir": str(out / f"{name.replace(':', '-')}-{spend}-{seed}"),
-        "corpus": str(out / "corpus.duckdb"),
-        "prompts.path": str(prompts_of(seed, out)),
-        "prompts.limits": HELD | {"train": size.answers + fresh},
-        "sample.max_prompts": size.answers,
-        "student.dtype": "float32",
-        "student.device": device,
-        "evaluate.every_steps": None,
-        "sft.trainer.num_train_epochs": 12,
-    }
-    if arm.algorithm:
-        flags |= {
-            "onpolicy.algorithm": algorithms.VARIANTS[arm.algorithm],
-            "onpolicy.rounds": ROUNDS,
-            "onpolicy.prompts_per_round": size.prompts_per_round,
-            "onpolicy.update.max_steps": max(6, -(-size.prompts_per_round // 8) * 2),
+class Run(NamedTuple):
+    """What is to be run."""
+
+    arm: str
+    spend: int
+    seed: int
+    trial: int
+    """Of the arm's."""
+    settings: Settings
+    """Those of the trials that are taken."""
+    out: Path
+    device: str
+    threads: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder and its row."""
+        return f"{self.arm.replace(':', '-')}-{self.spend}-{self.seed}" + ("" if self.seed else f"-{self.trial}")
+
+    @property
+    def row(self) -> Path:
+        """Where its row is, once it is through."""
+        return self.out / "rows" / f"{self.name}.json"
+
+    @property
+    def sizes(self) -> Sizes:
+        """See `sizes`."""
+        return sizes(ARMS[self.arm], self.spend, self.settings.get("share", 0.0))
+
+    def overrides(self) -> list[tuple[str, str]]:
+        """Of the quickstart."""
+        arm, size = ARMS[self.arm], self.sizes
+        fresh = ROUNDS * size.prompts_per_round if arm.cost else 0
+        flags: Settings = {
+            "seed": self.seed,
+            "run_dir": str(self.out / self.name),
+            "corpus": str(self.out / "corpus.duckdb"),
+            "prompts.path": str(prompts_of(self.seed, self.out)),
+            "prompts.limits": HELD | {"train": size.answers + fresh},
+            "teacher.threads": self.threads,
+            "sample.max_prompts": size.answers,
+            "student.dtype": "float32",
+            "student.device": self.device,
+            "evaluate.every_steps": None,
         }
-        if arm.algorithm.startswith("reward"):
-            flags["judge"] = {"same_as": "teacher"}
-    return [(key, json.dumps(value)) for key, value in (flags | arm.settings).items()]
+        if arm.algorithm:
+            flags |= {
+                "onpolicy.algorithm": algorithms.VARIANTS[arm.algorithm],
+                "onpolicy.rounds": ROUNDS,
+                "onpolicy.prompts_per_round": size.prompts_per_round,
+                "onpolicy.update.max_steps": max(6, size.prompts_per_round // 4),
+            }
+            if arm.algorithm.startswith("reward"):
+                flags["judge"] = {"same_as": "teacher"}
+        flags |= arm.settings | {key: value for key, value in self.settings.items() if key != "share"}
+        return [(key, json.dumps(value)) for key, value in flags.items()]
 
 
 def prompts_of(seed: int, out: Path) -> Path:
     """The quickstart's prompts, the train split in another order for each seed, without the dev prompts.
 
-    Seed 0 is for tuning: its held-out prompts are the dev prompts.
+    Those are the held-out prompts of the tuning seed.
     """
-    import random
-
     source, folder = find_file("data/action_items", "data"), out / f"prompts-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     lines = {split: (source / f"{split}.jsonl").read_text().splitlines() for split in (*HELD, "train")}
     train, dev = lines["train"][:-DEV], lines["train"][-DEV:]
     random.Random(seed).shuffle(train)
     lines |= {"train": train} | ({} if seed else {"heldout": dev})
-    for split, rows in lines.items():
-        (folder / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    for split, found in lines.items():
+        part = folder / f"{split}.{os.getpid()}"  # another run may be reading it
+        part.write_text("\n".join(found) + "\n")
+        part.rename(folder / f"{split}.jsonl")
     return folder
 
 
@@ -215,53 +264,84 @@ def measured(project: Project, checkpoint: Path) -> dict[str, Any]:
     return found
 
 
-def run_one(name: str, spend: int, seed: int, out: Path, device: str) -> None:
-    """One run, and its row."""
+def run_one(run: Run) -> str:
+    """One run, and its row; how it went."""
     began = time.monotonic()
-    with Project(load_config(Config, "quickstart", settings(name, spend, seed, out, device))) as project:
-        used = Used(project.run_dir.path)
-        checkpoint = asyncio.run(learn(project, used, ARMS[name].algorithm is not None))
-        trained_s = time.monotonic() - began
-        bill = used.bill(project)
-        row = {"arm": name, "seed": seed, "spend": spend, **sizes(ARMS[name], spend)._asdict(), **bill,
-               "teacher_tokens": bill["prompt_tokens"] + bill["completion_tokens"], "device": device,
-               "wall_s": round(trained_s, 1), "prompts": measured(project, checkpoint)}  # fmt: skip
-    path = row_path(name, spend, seed, out)
-    path.parent.mkdir(exist_ok=True)
-    path.with_suffix(".part").write_text(json.dumps(row))
-    path.with_suffix(".part").rename(path)
+    try:
+        with Project(load_config(Config, "quickstart", run.overrides())) as project:
+            used = Used(project.run_dir.path)
+            checkpoint = asyncio.run(learn(project, used, ARMS[run.arm].algorithm is not None))
+            trained_s = time.monotonic() - began
+            bill = used.bill(project)
+            row = {"arm": run.arm, "seed": run.seed, "spend": run.spend, "trial": run.trial, **run.sizes._asdict(),
+                   **bill, "teacher_tokens": bill["prompt_tokens"] + bill["completion_tokens"], "device": run.device,
+                   "wall_s": round(trained_s, 1), "prompts": measured(project, checkpoint)}  # fmt: skip
+    except Exception:  # one run that fails must not end the study
+        (run.out / f"{run.name}.failed").write_text(traceback.format_exc())
+        return f"FAILED, see {run.out / run.name}.failed"
+    run.row.parent.mkdir(exist_ok=True)
+    part = run.row.with_suffix(".part")
+    part.write_text(json.dumps(row))
+    part.rename(run.row)
+    return f"true_kl {short(row)['metrics']['true_kl']:.4f}, {row['teacher_tokens']} tokens"
 
 
-def row_path(name: str, spend: int, seed: int, out: Path) -> Path:
-    """Of a finished run."""
-    return out / "rows" / f"{name.replace(':', '-')}-{spend}-{seed}.json"
+def work(runs: Iterable[Run], jobs: int) -> None:
+    """Those that have no row yet, in order, `jobs` at a time."""
+    todo = [run for run in runs if not run.row.exists()]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        asked = {pool.submit(run_one, run): run for run in todo}
+        for done in as_completed(asked):
+            say(f"[{time.strftime('%H:%M:%S')}] {asked[done].name}: {done.result()}")
+
+
+def tune(flags: argparse.Namespace) -> None:
+    """The trial of each arm that comes nearest to the teacher on the dev prompts; sft first, on which others build."""
+    best: dict[str, Any] = json.loads(TUNED.read_text()) if TUNED.exists() else {}
+    for arms in (["sft", "sft:soft"], [arm for arm in ARMS if ARMS[arm].algorithm]):
+        runs = [
+            run_of(arm, flags.spend[0], TUNING_SEED, n, trial, best, flags)
+            for arm in arms
+            if arm in flags.arms
+            for n, trial in enumerate(ARMS[arm].trials)
+        ]
+        work(runs, flags.jobs)
+        for arm in {run.arm for run in runs}:
+            found = [short(json.loads(run.row.read_text()))["metrics"]["true_kl"] if run.row.exists() else math.inf
+                     for run in runs if run.arm == arm]  # fmt: skip
+            taken = found.index(min(found))
+            best[arm] = {"trial": taken, "settings": ARMS[arm].trials[taken], "dev_true_kl": found}
+        TUNED.write_text(json.dumps({arm: best[arm] for arm in ARMS if arm in best}, indent=1) + "\n")
+
+
+def run_of(
+    arm: str, spend: int, seed: int, n: int, trial: Settings, tuned: dict[str, Any], flags: argparse.Namespace
+) -> Run:
+    """An on-policy arm learns its answers as the arm `sft:soft` does."""
+    shared = tuned.get("sft:soft", {}).get("settings", {}) if ARMS[arm].algorithm else {}
+    return Run(arm, spend, seed, n, shared | trial, flags.out, flags.device, flags.threads)
 
 
 def study(flags: argparse.Namespace) -> None:
-    """Every run that has no row yet, `--jobs` at a time; one that fails is said, and the others go on."""
-    todo = [(n, sp, s) for s in flags.seeds for sp in flags.spend for n in flags.arms
-            if not row_path(n, sp, s, flags.out).exists()]  # fmt: skip
+    """Seed 1 of all arms and spends, then seed 2, ..."""
+    tuned = json.loads(TUNED.read_text())
     flags.out.mkdir(parents=True, exist_ok=True)
-
-    def go(run: tuple[str, int, int]) -> None:
-        name, spend, seed = run
-        began, log = time.monotonic(), flags.out / f"{name.replace(':', '-')}-{spend}-{seed}.log"
-        command = [sys.executable, __file__, "--one", name, str(spend), str(seed), "--out", str(flags.out),
-                   "--device", flags.device]  # fmt: skip
-        with log.open("w") as said:
-            code = subprocess.run(command, stdout=said, stderr=said, check=False).returncode
-        what = "done" if code == 0 else f"FAILED ({code}), see {log}"
-        say(f"{name}, {spend} tokens, seed {seed}: {what} after {time.monotonic() - began:.0f} s")
-
-    with ThreadPoolExecutor(flags.jobs) as pool:
-        list(pool.map(go, todo))
+    work(
+        (
+            run_of(arm, spend, seed, tuned[arm]["trial"], tuned[arm]["settings"], tuned, flags)
+            for seed in flags.seeds
+            for spend in flags.spend
+            for arm in flags.arms
+        ),
+        flags.jobs,
+    )
 
 
 def rows(out: Path) -> Iterator[dict[str, Any]]:
     """Of all finished runs but those for tuning."""
     for path in sorted((out / "rows").glob("*.json")):
         row = json.loads(path.read_text())
-        if row["seed"]:
+        if row["seed"] != TUNING_SEED:
             yield row
 
 
@@ -311,18 +391,19 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="0: tuning, on the dev prompts")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--spend", type=int, nargs="+", default=SPENDS, help="teacher tokens of a run")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--tune", action="store_true", help=f"choose the settings of the arms anew, into {TUNED.name}")
     parser.add_argument("--out", type=Path, default=Path("runs/equal_spend"), help="corpus and finished runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--one", nargs=3, metavar=("ARM", "SPEND", "SEED"), help="one run, in this process")
+    parser.add_argument("--threads", type=int, default=1, help="of the teacher's server")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, not a table")
     flags = parser.parse_args()
-    if flags.one:
-        name, spend, seed = flags.one
-        run_one(name, int(spend), int(seed), flags.out, flags.device)
+    flags.out.mkdir(parents=True, exist_ok=True)
+    if flags.tune:
+        tune(flags)
         return
     study(flags)
     found = summary(list(rows(flags.out)))

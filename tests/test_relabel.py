@@ -56,9 +56,30 @@ def test_afresh_is_the_teachers_own_answer_and_never_sees_the_draft(corpus: Corp
     rollouts = [rollout(renderer, "Say 1", "SECRET")]
     outcome = feedback(corpus, renderer, rollouts, "{{ messages | string }}", mode="afresh", worst_fraction=1.0)
     (sample,) = outcome.samples
-    text = renderer.decode([i for i, w in zip(sample.input_ids, sample.weights["ce"], strict=True) if w])
+    text = renderer.decode([i for i, *w in zip(sample.input_ids, *sample.weights.values(), strict=True) if any(w)])
     assert "SECRET" not in text
     assert "Say 1" in text
+
+
+@pytest.mark.parametrize(("config", "soft"), [({}, True), ({"soft_labels": False}, False), ({"temperature": 0}, False)])
+def test_afresh_learns_the_alternatives_of_its_own_distribution(
+    corpus: Corpus, renderer: Renderer, config: dict[str, Any], soft: bool
+) -> None:
+    (sample,) = feedback(
+        corpus, renderer, [rollout(renderer, "Say 1", "x")], "one two", mode="afresh", **config
+    ).samples
+    learnt = {name: [i for i, w in zip(sample.input_ids, ws, strict=True) if w] for name, ws in sample.weights.items()}
+    assert sorted(i for ids in learnt.values() for i in ids) == sorted(renderer.completion("one two"))
+    assert ("topk_kl" in learnt) == (sample.soft is not None) == soft
+    if soft:
+        assert len(sample.soft.ids) == len(learnt["topk_kl"])
+        asked = corpus.rows("SELECT body->'top_logprobs' FROM requests WHERE purpose = 'relabel'")
+        assert asked == [("20",)]
+
+
+def test_a_rewrite_is_learnt_as_it_is_written(corpus: Corpus, renderer: Renderer) -> None:
+    (sample,) = feedback(corpus, renderer, [rollout(renderer, "Say 1", "x")], "one two").samples
+    assert list(sample.weights) == ["ce"]
 
 
 def test_afresh_asks_where_the_student_is_least_sure(renderer: Renderer) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import msgspec
+import numpy as np
 
+from blackbox_kd.align import SoftLabels
 from blackbox_kd.config import Section, StudentConfig
 from blackbox_kd.errors import AlignmentError
 from blackbox_kd.lane import Lane
@@ -127,10 +129,24 @@ class AlgorithmConfig(Section):
         raise NotImplementedError
 
 
-def ce_sample(sample_id: str, rendered: Rendered) -> TrainSample:
-    """Learn the supervised tokens, each with weight 1."""
-    weights = [0.0 if label == IGNORE else 1.0 for label in rendered.labels]
-    return TrainSample(sample_id=sample_id, input_ids=rendered.input_ids, weights={"ce": weights})
+def ce_sample(sample_id: str, rendered: Rendered, labels: SoftLabels | None = None) -> TrainSample:
+    """Learn the supervised tokens, each with weight 1: as the text says, or by its soft label where it has one.
+
+    Raises:
+        AlignmentError: another number of `labels` than of supervised tokens.
+    """
+    learnt = [label != IGNORE for label in rendered.labels]
+    size = sum(learnt)
+    has_label = np.zeros(size, bool) if labels is None else np.isfinite(labels.logprobs).any(axis=1)
+    if len(has_label) != size:
+        raise AlignmentError(f"{len(has_label)} soft labels for {size} supervised tokens")
+    weights = {}
+    for name, mine in (("ce", ~has_label), ("topk_kl", has_label)):
+        if mine.any() or (name == "ce" and not size):
+            following = iter(mine.astype(float).tolist())
+            weights[name] = [next(following) if each else 0.0 for each in learnt]
+    soft = TopK(labels.ids[has_label], labels.logprobs[has_label]) if labels is not None and has_label.any() else None
+    return TrainSample(sample_id=sample_id, input_ids=rendered.input_ids, weights=weights, soft=soft)
 
 
 def on_completion(prompt_ids: list[int], values: Sequence[float] | float, size: int) -> list[float]:

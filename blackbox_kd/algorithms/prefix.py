@@ -14,19 +14,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-import numpy as np
 from pydantic import Field, model_validator
 
-from blackbox_kd.algorithms.base import Algorithm, AlgorithmConfig, Outcome, Tools, on_completion
+from blackbox_kd.algorithms.base import Algorithm, AlgorithmConfig, Outcome, Tools, ce_sample
 from blackbox_kd.algorithms.cuts import Cut, cannot_go_on, go_on, peaks, said, unusable
 from blackbox_kd.align import SoftLabels
 from blackbox_kd.errors import AlignmentError
 from blackbox_kd.progress import say
 from blackbox_kd.soft_labels import Labelled, Scored, aligned, aligner_of
+from blackbox_kd.student.render import IGNORE, Rendered
 from blackbox_kd.student.vocabulary import student_vocab
 from blackbox_kd.teachers.base import Capabilities, PrefillReply
 from blackbox_kd.teachers.prefill import what_is_new
-from blackbox_kd.types import Completion, Request, Rollout, SamplingParams, TopK, TrainSample, scorer
+from blackbox_kd.types import Completion, Request, Rollout, SamplingParams, TrainSample, scorer
 
 
 class PrefixConfig(AlgorithmConfig):
@@ -154,16 +154,10 @@ class Prefix(Algorithm):
 
 def _sample(each: Continuation, labels: SoftLabels | None) -> TrainSample:
     """The student's prompt and beginning weigh nothing."""
-    size = len(each.ids)
-    has_label = np.zeros(size, bool) if labels is None else np.isfinite(labels.logprobs).any(axis=1)
-    prompt_ids, before = each.cut.rollout.prompt_ids, each.cut.rollout.completion_ids[: each.cut.token]
-    weights = {"ce": (~has_label).astype(float).tolist(), "topk_kl": has_label.astype(float).tolist()}
-    return TrainSample(
-        sample_id=f"{each.cut.rollout.completion.completion_id}/{each.cut.token}/{each.completion.completion_id}",
-        input_ids=[*prompt_ids, *before, *each.ids],
-        weights={name: on_completion([*prompt_ids, *before], w, size) for name, w in weights.items() if any(w)},
-        soft=None if labels is None or not has_label.any() else TopK(labels.ids[has_label], labels.logprobs[has_label]),
-    )
+    rollout, continued = each.cut.rollout, each.completion.completion_id
+    before = [*rollout.prompt_ids, *rollout.completion_ids[: each.cut.token]]
+    rendered = Rendered([*before, *each.ids], [*[IGNORE] * len(before), *each.ids])
+    return ce_sample(f"{rollout.completion.completion_id}/{each.cut.token}/{continued}", rendered, labels)
 
 
 def _metrics(rollouts: Sequence[Rollout], found: Sequence[Continuation]) -> dict[str, float]:

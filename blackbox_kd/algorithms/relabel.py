@@ -4,7 +4,8 @@ What it is: DAgger (Ross et al. 2011) with whole answers as actions. `rewrite` c
 the target stays near what the student writes; `afresh` is the teacher's own answer to the prompts where the student
 is least sure, and is on-policy only through that selection.
 Needs: chat. Costs: one call for each of the `worst_fraction` of rollouts, those that the student is least sure of: all
-of them for a rewrite, unless told otherwise, and half of them afresh. Loss: `ce` on the whole target.
+of them for a rewrite, unless told otherwise, and half of them afresh. Loss: `ce` on the whole target; afresh and at
+temperature 1 `topk_kl` where the endpoint shows alternatives (a rewrite's are about another question).
 What it does not do: it does not tell the student which words of the draft were wrong.
 """
 
@@ -17,9 +18,10 @@ from pydantic import Field
 
 from blackbox_kd.algorithms.base import Algorithm, AlgorithmConfig, Outcome, Tools, ce_sample
 from blackbox_kd.judging import RewritePrompt, usable_text
-from blackbox_kd.student.render import Renderer
+from blackbox_kd.soft_labels import Labelled, label
+from blackbox_kd.student.render import Rendered, Renderer
 from blackbox_kd.teachers.teacher import Teacher
-from blackbox_kd.types import Feedback, Request, Rollout, SamplingParams, scorer
+from blackbox_kd.types import Completion, Feedback, Request, Rollout, SamplingParams, scorer
 
 
 class RelabelConfig(AlgorithmConfig):
@@ -37,6 +39,13 @@ class RelabelConfig(AlgorithmConfig):
     temperature: float = Field(1.0, ge=0)
     max_completion_length: int = Field(256, ge=1)
     """Tokens."""
+    soft_labels: bool = True
+    """In mode afresh at temperature 1: learn the teacher's alternatives, which are asked for as by `sample`."""
+
+    @property
+    def is_soft(self) -> bool:
+        """Whether alternatives are those of the text's own distribution."""
+        return self.mode == "afresh" and self.temperature == 1 and self.soft_labels
 
     @property
     def calls_per_rollout(self) -> float:
@@ -63,7 +72,9 @@ class Relabel(Algorithm):
     def __init__(self, config: RelabelConfig, teacher: Teacher, renderer: Renderer) -> None:
         self._config, self._teacher, self._renderer = config, teacher, renderer
         self._sampling = SamplingParams(
-            temperature=config.temperature, max_completion_length=config.max_completion_length
+            temperature=config.temperature,
+            max_completion_length=config.max_completion_length,
+            top_logprobs=teacher.sample.top_logprobs if config.is_soft else None,
         )
         system = teacher.config.prompt.template
         self._rewrite = RewritePrompt(system, config.template, config.examples, "onpolicy.algorithm")
@@ -73,23 +84,40 @@ class Relabel(Algorithm):
         asked = least_sure(rollouts, self._config.calls_per_rollout)
         requests = [self._request(rollout, round_) for rollout in asked]
         targets = await self._teacher.answers(requests, round_=round_, description=self._config.mode)
-        feedback, samples = [], []
+        found = list[tuple[Rollout, Request, Completion, str]]()
         for rollout, request in zip(asked, requests, strict=True):
             target = targets.get(request.request_key)
             text = usable_text(target)
-            if target is None or text is None:
-                continue
-            feedback.append(
-                Feedback(
-                    completion_id=rollout.completion.completion_id,
-                    kind=self._config.mode,
-                    scorer=scorer(request.model, request.context_hash),
-                    target_completion_id=target.completion_id,
-                )
-            )
-            rendered = self._renderer.join(rollout.prompt_ids, self._renderer.completion(text))
-            samples.append(ce_sample(target.completion_id, rendered))
-        return Outcome(feedback=feedback, samples=samples, asked=len(asked), failed=len(asked) - len(samples))
+            if target is not None and text is not None:
+                found.append((rollout, request, target, text))
+        soft = self._soft([(target.completion_id, text) for *_, target, text in found])
+        return Outcome(
+            feedback=[self._said(rollout, request, target) for rollout, request, target, _ in found],
+            samples=[
+                ce_sample(target.completion_id, self._rendered(rollout, text), labels)
+                for (rollout, _, target, text), labels in zip(found, soft.labels, strict=True)
+            ],
+            asked=len(asked),
+            failed=len(asked) - len(found),
+            metrics=soft.metrics(),
+        )
+
+    def _soft(self, texts: Sequence[tuple[str, str]]) -> Labelled:
+        if not self._config.is_soft:
+            return Labelled([None] * len(texts), same=False)
+        teacher, model = self._teacher, self._teacher.config.model
+        return label(teacher.corpus, self._renderer, model, scorer(model, teacher.context.context_hash), texts)
+
+    def _rendered(self, rollout: Rollout, text: str) -> Rendered:
+        return self._renderer.join(rollout.prompt_ids, self._renderer.completion(text))
+
+    def _said(self, rollout: Rollout, request: Request, target: Completion) -> Feedback:
+        return Feedback(
+            completion_id=rollout.completion.completion_id,
+            kind=self._config.mode,
+            scorer=scorer(request.model, request.context_hash),
+            target_completion_id=target.completion_id,
+        )
 
     def _request(self, rollout: Rollout, round_: int) -> Request:
         if self._config.mode == "afresh":  # a further draw of the teacher's own answer in each round
