@@ -3,7 +3,7 @@
     python benchmarks/algorithms.py --seed 1 --json
 
 SmolLM2 under its private prompt (a llama.cpp server) teaches SmolLM2 without it. All start from the same sft checkpoint
-on 24 answers, and go 3 rounds of 16 fresh prompts, 6 optimiser steps each. It shows that each one runs and what it
+on 24 answers, and go 3 rounds of 12 prompts, 4 optimiser steps each. It shows that each one runs and what it
 costs; which is better is a question for several seeds at equal spend, and not asked here.
 Runs are resumable; all share one corpus, so what the teacher said once is not asked for again.
 """
@@ -28,7 +28,7 @@ from blackbox_kd.project import Project
 from blackbox_kd.settings import Config
 from blackbox_kd.student.student import Student
 
-ROUNDS, PROMPTS, STEPS = 3, 16, 6
+ROUNDS, PROMPTS, STEPS = 3, 12, 4
 REWRITE = {
     "name": "relabel",
     "template": "prompts/action_items_rewrite.md.j2",
@@ -43,12 +43,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "prefix": {"name": "prefix", "max_completion_length": 40},
     "preference:snapshot": {"name": "preference", "rejected": "snapshot"},
     "preference:fresh": {"name": "preference", "rejected": "fresh"},
-    "reward:best_of_n": {"name": "reward", "update": "best_of_n"},
-    "reward:pg": {"name": "reward", "update": "pg"},
+    "reward:best_of_n": {"name": "reward", "update": "best_of_n", "num_generations": 4},
+    "reward:pg": {"name": "reward", "update": "pg", "num_generations": 4},
     "score:pg": {"name": "score", "loss": "pg"},
     "score:kl": {"name": "score", "loss": "kl"},
     "forks": {"name": "forks"},
-    "gad": {"name": "gad"},
+    "gad": {"name": "gad", "num_generations": 4},
 }
 """`algorithm[:variant]` -> section `onpolicy.algorithm`; what is not named is its default."""
 YARDSTICK = ("teacher_nll", "tail_kl")
@@ -60,7 +60,7 @@ def settings(out: Path, variant: str, seed: int) -> list[tuple[str, str]]:
         "seed": seed,
         "run_dir": str(out / f"{variant.replace(':', '-')}-{seed}"),
         "corpus": str(out / "corpus.duckdb"),
-        "prompts.limits": {"train": 24 + ROUNDS * PROMPTS, "heldout": 40, "ood": 0, "holdback": 0},
+        "prompts.limits": {"train": 24 + ROUNDS * PROMPTS, "heldout": 32, "ood": 0, "holdback": 0},
         "onpolicy.algorithm": VARIANTS[variant],
         "onpolicy.rounds": ROUNDS,
         "onpolicy.prompts_per_round": PROMPTS,

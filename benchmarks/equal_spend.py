@@ -43,7 +43,7 @@ from blackbox_kd.types import Completion, Request, SamplingParams, Split
 SPENDS = [8_000, 24_000, 72_000]
 """Teacher tokens: 24, 72 and 216 answers of about 335 (300 of them are the private prompt)."""
 ANSWER_TOKENS = 335
-ROUNDS = 3
+ROUNDS = 2
 DEV = 32
 """Train prompts that are kept aside for tuning."""
 HELD = {"heldout": 48, "ood": 24, "holdback": 24}
@@ -79,17 +79,17 @@ class Arm(NamedTuple):
 ARMS = {
     "sft": Arm(trials=COPY, settings={"sft.soft_labels": False}),
     "sft:soft": Arm(trials=COPY),
-    "relabel": Arm("relabel", 480),
-    "relabel:worst": Arm("relabel:worst", 240),
+    "relabel": Arm("relabel", 432),
+    "relabel:worst": Arm("relabel:worst", 216),
     "relabel:afresh": Arm("relabel:afresh", 168),
-    "prefix": Arm("prefix", 360),
+    "prefix": Arm("prefix", 330),
     "preference:snapshot": Arm("preference:snapshot", trials=FREE),
     "preference:fresh": Arm("preference:fresh", 335),
     "reward:best_of_n": Arm("reward:best_of_n", 1500),
     "reward:pg": Arm("reward:pg", 1500),
-    "score:pg": Arm("score:pg", 12_000),
-    "score:kl": Arm("score:kl", 12_000),
-    "forks": Arm("forks", 1360),
+    "score:pg": Arm("score:pg", 9_400),
+    "score:kl": Arm("score:kl", 9_400),
+    "forks": Arm("forks", 1312),
     "gad": Arm("gad", trials=FREE),
 }
 TUNED = Path(__file__).parent / "results" / "equal_spend_tuned.json"

@@ -3,9 +3,9 @@
 What it is: DAgger (Ross et al. 2011) with whole answers as actions. `rewrite` corrects the student's own draft, so
 the target stays near what the student writes; `afresh` is the teacher's own answer to the prompts where the student
 is least sure, and is on-policy only through that selection.
-Needs: chat. Costs: one call for each of the `worst_fraction` of rollouts, those that the student is least sure of: all
-of them for a rewrite, unless told otherwise, and half of them afresh. Loss: `ce` on the whole target; afresh and at
-temperature 1 `topk_kl` where the endpoint shows alternatives (a rewrite's are about another question).
+Needs: chat. Costs: one call for each of the `worst_fraction` of rollouts, those that the student is least sure of:
+unless told otherwise all of them for a rewrite, and half of them afresh. Loss: `ce` on the whole target; `topk_kl` where
+it is afresh, at temperature 1, and comes with alternatives (a rewrite's are about another question).
 What it does not do: it does not tell the student which words of the draft were wrong.
 """
 
@@ -18,8 +18,8 @@ from pydantic import Field
 
 from blackbox_kd.algorithms.base import Algorithm, AlgorithmConfig, Outcome, Tools, ce_sample
 from blackbox_kd.judging import RewritePrompt, usable_text
-from blackbox_kd.soft_labels import Labelled, label
-from blackbox_kd.student.render import Rendered, Renderer
+from blackbox_kd.soft_labels import label
+from blackbox_kd.student.render import Renderer
 from blackbox_kd.teachers.teacher import Teacher
 from blackbox_kd.types import Completion, Feedback, Request, Rollout, SamplingParams, scorer
 
@@ -34,18 +34,12 @@ class RelabelConfig(AlgorithmConfig):
     examples: str | None = None
     """JSONL of example rewrites, in the shape that the template renders."""
     worst_fraction: float | None = Field(None, gt=0, le=1)
-    """The share of rollouts that is asked about, those with the lowest mean logprob; null: all in mode rewrite, half of
-    them in mode afresh."""
+    """Share of rollouts that is asked about, the least sure ones; null: all for a rewrite, half of them afresh."""
     temperature: float = Field(1.0, ge=0)
     max_completion_length: int = Field(256, ge=1)
     """Tokens."""
     soft_labels: bool = True
     """In mode afresh at temperature 1: learn the teacher's alternatives, which are asked for as by `sample`."""
-
-    @property
-    def is_soft(self) -> bool:
-        """Whether alternatives are those of the text's own distribution."""
-        return self.mode == "afresh" and self.temperature == 1 and self.soft_labels
 
     @property
     def calls_per_rollout(self) -> float:
@@ -71,45 +65,38 @@ class Relabel(Algorithm):
 
     def __init__(self, config: RelabelConfig, teacher: Teacher, renderer: Renderer) -> None:
         self._config, self._teacher, self._renderer = config, teacher, renderer
+        soft = config.soft_labels and config.mode == "afresh" and config.temperature == 1
         self._sampling = SamplingParams(
             temperature=config.temperature,
             max_completion_length=config.max_completion_length,
-            top_logprobs=teacher.sample.top_logprobs if config.is_soft else None,
+            top_logprobs=teacher.sample.top_logprobs if soft else None,
         )
         system = teacher.config.prompt.template
         self._rewrite = RewritePrompt(system, config.template, config.examples, "onpolicy.algorithm")
 
     async def feedback(self, rollouts: Sequence[Rollout], round_: int) -> Outcome:
         """One target for each rollout that is asked about."""
-        asked = least_sure(rollouts, self._config.calls_per_rollout)
+        teacher, join, asked = self._teacher, self._renderer.join, least_sure(rollouts, self._config.calls_per_rollout)
         requests = [self._request(rollout, round_) for rollout in asked]
-        targets = await self._teacher.answers(requests, round_=round_, description=self._config.mode)
+        targets = await teacher.answers(requests, round_=round_, description=self._config.mode)
         found = list[tuple[Rollout, Request, Completion, str]]()
         for rollout, request in zip(asked, requests, strict=True):
             target = targets.get(request.request_key)
-            text = usable_text(target)
-            if target is not None and text is not None:
+            if target and (text := usable_text(target)):
                 found.append((rollout, request, target, text))
-        soft = self._soft([(target.completion_id, text) for *_, target, text in found])
+        by = scorer(teacher.config.model, teacher.context.context_hash)
+        texts = [(target.completion_id, text) for *_, target, text in found]
+        soft = label(teacher.corpus, self._renderer, teacher.config.model, by, texts)
         return Outcome(
             feedback=[self._said(rollout, request, target) for rollout, request, target, _ in found],
             samples=[
-                ce_sample(target.completion_id, self._rendered(rollout, text), labels)
+                ce_sample(target.completion_id, join(rollout.prompt_ids, self._renderer.completion(text)), labels)
                 for (rollout, _, target, text), labels in zip(found, soft.labels, strict=True)
             ],
             asked=len(asked),
             failed=len(asked) - len(found),
             metrics=soft.metrics(),
         )
-
-    def _soft(self, texts: Sequence[tuple[str, str]]) -> Labelled:
-        if not self._config.is_soft:
-            return Labelled([None] * len(texts), same=False)
-        teacher, model = self._teacher, self._teacher.config.model
-        return label(teacher.corpus, self._renderer, model, scorer(model, teacher.context.context_hash), texts)
-
-    def _rendered(self, rollout: Rollout, text: str) -> Rendered:
-        return self._renderer.join(rollout.prompt_ids, self._renderer.completion(text))
 
     def _said(self, rollout: Rollout, request: Request, target: Completion) -> Feedback:
         return Feedback(

@@ -7,9 +7,8 @@ requests -> known already, or just being asked? -> short queue -> workers -> cal
 from __future__ import annotations
 
 import asyncio
-import gc
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sized
-from contextlib import AsyncExitStack, aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sized
+from contextlib import AsyncExitStack, aclosing
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,6 +23,7 @@ from blackbox_kd.teachers.base import Reply, Taken, TeacherConfig, Transport, Wa
 from blackbox_kd.teachers.batch.ledger import Ledger
 from blackbox_kd.teachers.budget import Budget, BudgetConfig
 from blackbox_kd.teachers.caller import Caller
+from blackbox_kd.teachers.garbage import rarely_collected
 from blackbox_kd.teachers.live import Pulse
 from blackbox_kd.teachers.missing import MissingLogprobs
 from blackbox_kd.teachers.prices import price_of
@@ -35,10 +35,6 @@ CHUNK = 2048
 """Questions that are looked up in the corpus at once; no more of them are held in memory."""
 DYING_S = 0.1
 """A process that is killed lets go of its claims, and a moment later of its journal."""
-
-
-GC_THRESHOLD = 100_000
-"""Objects. Answers are many, and none of them is garbage in a cycle; Python's 700 took a tenth of the CPU time."""
 
 
 class Engine:
@@ -72,7 +68,7 @@ class Engine:
         self.missing = MissingLogprobs(config.require_logprobs)
 
     async def __aenter__(self) -> Engine:
-        self._stack.enter_context(_rare_garbage_collection())
+        self._stack.enter_context(rarely_collected())
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -256,13 +252,3 @@ class Engine:
             completions = await self.caller.call(request, work, writer, partial(read, number), call=call)
         self.asked += 1
         return completions
-
-
-@contextmanager
-def _rare_garbage_collection() -> Iterator[None]:
-    young, *old = gc.get_threshold()
-    gc.set_threshold(max(young, GC_THRESHOLD), *old)
-    try:
-        yield
-    finally:
-        gc.set_threshold(young, *old)
