@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -30,7 +31,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
 START_S = 300.0
 OPTIONS = "--host 127.0.0.1 --dtype float32 --max-model-len 2048 --max-num-seqs 8 --enforce-eager --max-logprobs 50000"
-OPTIONS += " --enable-lora --max-lora-rank 16"
+LORA = " --enable-lora --max-lora-rank 16"
+"""Of a second server: with it, prompt_logprobs of more than one prompt at a time end vLLM 0.32 on the CPU."""
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -41,17 +43,17 @@ ENVIRONMENT = {
 }
 
 
-@pytest.fixture(scope="module")
-def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@contextmanager
+def started(options: str, log: Path) -> Iterator[str]:
     """Base URL of a server over SmolLM2."""
     from blackbox_kd.student.load import model_source
 
-    port, log = unused_port(), tmp_path_factory.mktemp("vllm") / "log"
+    port = unused_port()
     command = [os.environ["VLLM"], "serve", model_source(GGUF), "--served-model-name", "smollm2", "--port", str(port)]
     with (
         log.open("wb") as said,
         subprocess.Popen(
-            [*command, *OPTIONS.split()],
+            [*command, *options.split()],
             env=os.environ | ENVIRONMENT,
             stdout=said,
             stderr=said,
@@ -63,6 +65,13 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             yield f"http://127.0.0.1:{port}/v1"
         finally:
             os.killpg(server.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The teacher's."""
+    with started(OPTIONS, tmp_path_factory.mktemp("vllm") / "log") as url:
+        yield url
 
 
 def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
@@ -120,17 +129,17 @@ def test_vllm_scores_an_answer_as_it_wrote_it(vllm: str, corpus: Corpus) -> None
 
 
 def test_rounds_are_written_by_each_rounds_adapter_and_scored(vllm: str, tmp_path: Path) -> None:
-    """The whole loop: vLLM is the teacher, with a private prompt, and draws the student's rollouts."""
+    """The whole loop: one vLLM is the teacher, with a private prompt, another draws the student's rollouts."""
     questions = [f"Name {n} colours." for n in ("two", "three", "four", "five", "six", "seven")]
     for split, rows in (("train", questions), ("heldout", ["Name a tree."])):
         lines = [json.dumps({"prompt": row}) for row in rows]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     (tmp_path / "system.md.j2").write_text("Answer in capital letters, in three words.")
-    endpoint = {"base_url": vllm, "model": "smollm2", "api_key_env": None}
+    teacher = {"provider": "openai", "base_url": vllm, "model": "smollm2", "api_key_env": None}
     config = {
         "run_dir": str(tmp_path / "run"),
         "prompts": {"path": str(tmp_path)},
-        "teacher": {"provider": "openai", **endpoint, "prompt": {"template": str(tmp_path / "system.md.j2")}},
+        "teacher": {**teacher, "prompt": {"template": str(tmp_path / "system.md.j2")}},
         "sample": {"max_prompts": 3, "max_completion_length": 16},
         "student": {"model": GGUF, "device": "cpu", "max_length": 128, "lora": {"r": 8}},
         "sft": {"dev_fraction": 0, "trainer": {"max_steps": 4, "learning_rate": 1e-3}},
@@ -139,15 +148,17 @@ def test_rounds_are_written_by_each_rounds_adapter_and_scored(vllm: str, tmp_pat
             "rounds": 2,
             "prompts_per_round": 3,
             "max_completion_length": 16,
-            "vllm": endpoint,
+            "vllm": {"base_url": "http://127.0.0.1:1/v1", "model": "smollm2"},
             "update": {"max_steps": 2, "learning_rate": 1e-3},
         },
         "evaluate": {"every_steps": None},
     }
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    for stage in ("probe", "sample", "sft", "onpolicy"):
+    for stage in ("probe", "sample", "sft"):
         assert main([stage, "--config", str(path)]) == 0
+    with started(OPTIONS + LORA, tmp_path / "log") as url:
+        assert main(["onpolicy", "--config", str(path), "--onpolicy.vllm.base_url", url]) == 0
     corpus = tmp_path / "run/corpus.duckdb"
     wrote = query(corpus, "SELECT round, count(*), count(DISTINCT policy) FROM rollouts GROUP BY ALL ORDER BY ALL")[1]
     assert wrote == [(1, 3, 1), (2, 3, 1)]
