@@ -114,7 +114,9 @@ def added(one: float | None, other: float | None) -> Any:
     return None if one is None or other is None else one + other
 
 
-def count_onpolicy(config: Config, prompts: PromptSet, teacher: Questions, seen: History, per_byte: float) -> Count:
+def count_onpolicy(
+    config: Config, prompts: PromptSet, can: Capabilities, teacher: Questions, seen: History, per_byte: float
+) -> Count:
     """The questions of all rounds; they are about texts that the student has not written yet, so they are estimated."""
     loop = config.onpolicy
     train = prompts.count("train")
@@ -125,7 +127,7 @@ def count_onpolicy(config: Config, prompts: PromptSet, teacher: Questions, seen:
         asked = islice(prompts.stream("train"), train - fresh, None)
         return count(sample_questions(teacher, asked), config.corpus_path, config.teacher, per_byte)
     rollouts = min(loop.prompts_per_round, train) * loop.algorithm.rollouts_per_prompt
-    per_round = round(rollouts * loop.algorithm.calls_per_rollout)
+    per_round = round(rollouts * loop.algorithm.calls_for(can, loop.max_completion_length))
     done = min(loop.rounds, max(map(round_of, committed(config.run_dir)), default=0))
     to_ask = (loop.rounds - max(0, done)) * per_round
     prompt_tokens = mean_of(seen.prompt_tokens)
@@ -180,7 +182,8 @@ def plan(config: Config) -> dict[str, Any]:
     """All stages, their sum, and what the estimates rest on."""
     prompts = PromptSet(config.prompts)
     found = probed(config.corpus_path, config.teacher.model, config.teacher.address)
-    config, chosen = settled(config, prompts, msgspec.convert(found | config.teacher.capabilities, Capabilities))
+    can = msgspec.convert(found | config.teacher.capabilities, Capabilities)
+    config, chosen = settled(config, prompts, can)
     teacher, path = Questions(config.teacher, config.sample), config.corpus_path
     price = price_of(config.teacher)
     seen = history(path, config.teacher.model)
@@ -190,7 +193,7 @@ def plan(config: Config) -> dict[str, Any]:
     pairs = fixed_questions(config.evaluate, teacher, fixed)
     counts = {
         "sample": count(sampled, path, config.teacher, per_byte),
-        "onpolicy": count_onpolicy(config, prompts, teacher, seen, per_byte),
+        "onpolicy": count_onpolicy(config, prompts, can, teacher, seen, per_byte),
         "evaluate": count(chain.from_iterable(pairs), path, config.teacher, per_byte),
     }
     means = {**seen.completion_tokens, "onpolicy": mean_of(seen.completion_tokens)}

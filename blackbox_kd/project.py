@@ -17,6 +17,8 @@ from blackbox_kd.run_dir import RunDir
 from blackbox_kd.settings import Config
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.teachers.base import Capabilities, TeacherConfig
+from blackbox_kd.teachers.budget import worst_case
+from blackbox_kd.teachers.prices import price_of
 from blackbox_kd.teachers.teacher import Questions, Teacher
 from blackbox_kd.types import Prompt, Request
 
@@ -26,12 +28,30 @@ def settled(config: Config, prompts: PromptSet, can: Capabilities) -> tuple[Conf
 
     It does not depend on what has been spent: the same run makes the same choice again.
     """
-    loop, cap = config.onpolicy, config.budget.max_requests
+    loop, cap = config.onpolicy, affordable(config, prompts)
     asked = prompts.count("train", config.sample.max_prompts) * config.sample.draws
     fixed = 2 * (prompts.count("heldout") + prompts.count("ood"))
     left = None if cap is None else cap - asked - fixed
-    chosen, why = loop.algorithm.resolve(can, loop.rounds * loop.prompts_per_round, left)
+    chosen, why = loop.algorithm.resolve(can, loop.rounds * loop.prompts_per_round, loop.max_completion_length, left)
     return config.model_copy(update={"onpolicy": loop.model_copy(update={"algorithm": chosen})}), why
+
+
+def affordable(config: Config, prompts: PromptSet) -> int | None:
+    """Calls that the caps of the run pay for, each at the worst case of a first question; None where nothing is capped.
+
+    Raises:
+        ConfigError: see `worst_case`.
+    """
+    caps, first = config.budget, next(prompts.stream("train", 1), None)
+    limits = [caps.max_requests] if caps.max_requests else []
+    if first and (caps.max_tokens or caps.max_usd):
+        worst = worst_case(Questions(config.teacher, config.sample).answer(first).body)
+        price = price_of(config.teacher)
+        if caps.max_tokens:
+            limits.append(caps.max_tokens // (worst.prompt_tokens + worst.completion_tokens))
+        if caps.max_usd and price and price.cost(worst):
+            limits.append(int(caps.max_usd / price.cost(worst)))
+    return min(limits, default=None)
 
 
 def sample_questions(teacher: Questions, prompts: Iterable[Prompt]) -> Iterator[Request]:

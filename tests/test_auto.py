@@ -10,9 +10,16 @@ import pytest
 
 from blackbox_kd.__main__ import main
 from blackbox_kd.algorithms.auto import AutoConfig
+from blackbox_kd.config import load_config
 from blackbox_kd.corpus import query
+from blackbox_kd.project import affordable
+from blackbox_kd.prompts import PromptSet
+from blackbox_kd.settings import Config
 from blackbox_kd.teachers.base import Capabilities
+from blackbox_kd.teachers.budget import MESSAGE_TOKENS
 
+WORST = len("Say train 0") + 2 * MESSAGE_TOKENS + 16
+"""Tokens of a call at most: a byte each, and the longest answer."""
 AUTO = ["--onpolicy.algorithm", "{name: auto, max_completion_length: 16}"]
 
 
@@ -22,24 +29,52 @@ AUTO = ["--onpolicy.algorithm", "{name: auto, max_completion_length: 16}"]
         ({"scoring": "echo", "n_max": 2}, "score", "score; runner-up relabel; not forks ("),
         ({"prefill": "prefix", "top_logprobs_max": 20}, "forks", "forks; runner-up prefix; not score ("),
         ({"prefill": "prefix"}, "prefix", "prefix; runner-up relabel; not score ("),
+        (
+            {"scoring": "forced", "n_max": 2},
+            "relabel",
+            "relabel; runner-up preference; not score (it would take 41 calls",
+        ),
         ({"n_max": 2}, "relabel", "relabel; runner-up preference; not score ("),
     ],
 )
 def test_the_strongest_that_the_endpoint_serves(can: dict[str, Any], chosen: str, said: str) -> None:
-    algorithm, why = AutoConfig().resolve(Capabilities(**can), 64, None)
+    algorithm, why = AutoConfig().resolve(Capabilities(**can), 64, 40, None)
     assert algorithm.name == chosen
     assert why.startswith(said)
 
 
 @pytest.mark.parametrize(("calls", "chosen"), [(256, "forks"), (255, "prefix"), (63, "preference"), (-5, "preference")])
 def test_the_strongest_that_the_budget_pays_for(calls: int, chosen: str) -> None:
-    algorithm, why = AutoConfig().resolve(Capabilities(prefill="prefix", top_logprobs_max=20), 64, calls)
+    algorithm, why = AutoConfig().resolve(Capabilities(prefill="prefix", top_logprobs_max=20), 64, 40, calls)
     assert algorithm.name == chosen
     assert ("its 256 calls are more than the" in why) == (chosen != "forks")
 
 
+@pytest.mark.parametrize(
+    ("caps", "afforded"),
+    [
+        ({}, None),
+        ({"max_requests": 9}, 9),
+        ({"max_tokens": 1000}, 1000 // WORST),
+        ({"max_usd": 0.5}, 500_000 // WORST),
+        ({"max_usd": 0.5, "max_requests": 3}, 3),
+    ],
+)
+def test_every_cap_is_so_many_calls(project_file: Path, caps: dict[str, float], afforded: int | None) -> None:
+    flags = [("budget", json.dumps(caps)), ("teacher.price", "{input: 1, output: 1}")]
+    config = load_config(Config, str(project_file), flags)
+    assert affordable(config, PromptSet(config.prompts)) == afforded
+
+
+def test_plan_counts_the_calls_of_forced_decoding(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--onpolicy.algorithm", "{name: score}", "--teacher.capabilities", "{scoring: forced}"]
+    assert main(["plan", "--config", str(project_file), *flags, "--json"]) == 0
+    (stage,) = (s for s in json.loads(capsys.readouterr().out)["stages"] if s["stage"] == "onpolicy")
+    assert stage["questions"] == 2 * 3 * (8 + 1)
+
+
 def test_its_replies_are_as_long_as_it_is_told() -> None:
-    algorithm, _ = AutoConfig(max_completion_length=9).resolve(Capabilities(prefill="prefix"), 1, None)
+    algorithm, _ = AutoConfig(max_completion_length=9).resolve(Capabilities(prefill="prefix"), 1, 40, None)
     assert algorithm.reply_tokens == 9
 
 

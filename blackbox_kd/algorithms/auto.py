@@ -1,12 +1,12 @@
 """`auto`: the strongest algorithm that the endpoint can serve and the budget can pay for.
 
 What it is: a choice, made once before the first round. Needs: what `probe` found; `onpolicy` and `run` probe where
-nobody has. The order is that of how much the teacher says about each token of the student's own sample: its
-log-probability (`score`), its next tokens where the student is least sure (`forks`), its continuation of the student's
-text (`prefix`), its correction of the whole (`relabel`); `preference` asks nothing where `sample` has asked already.
-What it does not do: it counts calls (`budget.max_requests`), not tokens or dollars. It does not know what is best for a
-task, since it measures nothing. `reward` and `gad` are never chosen: the one needs a judge that is worth believing, the
-other many rounds.
+nobody has. A budget in tokens or dollars counts as so many calls at their worst case. The order is that of how much the
+teacher says about each token of the student's own sample: its log-probability (`score`), its next tokens where the
+student is least sure (`forks`), its continuation of the student's text (`prefix`), its correction of the whole
+(`relabel`); `preference` asks nothing where `sample` has asked already.
+What it does not do: it does not know what is best for a task, since it measures nothing. `reward` and `gad` are never
+chosen: the one needs a judge that is worth believing, the other many rounds.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from blackbox_kd.algorithms.prefix import PrefixConfig
 from blackbox_kd.algorithms.relabel import RelabelConfig
 from blackbox_kd.algorithms.score import ScoreConfig
 from blackbox_kd.teachers.base import Capabilities
+
+MOST_CALLS = 8
+"""For one rollout; forced decoding takes one for each of its tokens, and each is billed with the whole prompt."""
 
 
 class AutoConfig(AlgorithmConfig):
@@ -47,9 +50,12 @@ class AutoConfig(AlgorithmConfig):
         """Somebody to look."""
         return "nobody has probed the endpoint" if can == Capabilities() else None
 
-    def resolve(self, can: Capabilities, prompts: int, calls: int | None) -> tuple[AlgorithmConfig, str]:
+    def resolve(self, can: Capabilities, prompts: int, length: int, calls: int | None) -> tuple[AlgorithmConfig, str]:
         """The first that serves; the last one where none does."""
-        reasons = {each.name: each.lacking(can) or too_many(each, prompts, calls) for each in self.strongest_first}
+        reasons = {
+            each.name: each.lacking(can) or too_many(each, each.calls_for(can, length), prompts, calls)
+            for each in self.strongest_first
+        }
         able = [each for each in self.strongest_first if reasons[each.name] is None] or self.strongest_first[-1:]
         chosen, *others = able
         told = [chosen.name] + ([f"runner-up {others[0].name}"] if others else [])
@@ -57,9 +63,11 @@ class AutoConfig(AlgorithmConfig):
         return chosen, "; ".join(told)
 
 
-def too_many(algorithm: AlgorithmConfig, prompts: int, calls: int | None) -> str | None:
-    """Why the budget is too small for it; None where it is not."""
-    needed = round(prompts * algorithm.rollouts_per_prompt * algorithm.calls_per_rollout)
+def too_many(algorithm: AlgorithmConfig, calls_per_rollout: float, prompts: int, calls: int | None) -> str | None:
+    """Why it takes more calls than it should, or than the budget has; None where it does not."""
+    if calls_per_rollout > MOST_CALLS:
+        return f"it would take {calls_per_rollout:g} calls for each rollout"
+    needed = round(prompts * algorithm.rollouts_per_prompt * calls_per_rollout)
     if calls is None or needed <= calls or algorithm.reply_tokens is None:
         return None
-    return f"its {needed} calls are more than the {max(0, calls)} that budget.max_requests leaves for it"
+    return f"its {needed} calls are more than the {max(0, calls)} that the budget leaves for it"

@@ -99,10 +99,11 @@ class AlgorithmConfig(Section):
         """Whether it cannot do without the section `judge`."""
         return False
 
-    def resolve(self, can: Capabilities, prompts: int, calls: int | None) -> tuple[AlgorithmConfig, str]:
+    def resolve(self, can: Capabilities, prompts: int, length: int, calls: int | None) -> tuple[AlgorithmConfig, str]:
         """The algorithm that is meant, and why: itself, but for `auto`.
 
-        `prompts` are those of all rounds, `calls` what the budget leaves for them; None where it sets no limit.
+        `prompts` are those of all rounds, `length` the tokens of a rollout at most, `calls` what the budget leaves for
+        all of them; None where it sets no limit.
         """
         return self, ""
 
@@ -112,8 +113,12 @@ class AlgorithmConfig(Section):
 
     @property
     def calls_per_rollout(self) -> float:
-        """Questions to the teacher for one rollout, on average: what `plan` counts with."""
+        """Questions to the teacher for one rollout, on average."""
         raise NotImplementedError
+
+    def calls_for(self, can: Capabilities, length: int) -> float:
+        """The same as calls to this endpoint, for a rollout of so many tokens: what `plan` counts with."""
+        return self.calls_per_rollout
 
     @property
     def reply_tokens(self) -> int | None:

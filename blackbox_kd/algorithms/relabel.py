@@ -4,7 +4,7 @@ What it is: DAgger (Ross et al. 2011) with whole answers as actions. `rewrite` c
 the target stays near what the student writes; `afresh` is the teacher's own answer to the prompts where the student
 is least sure, and is on-policy only through that selection.
 Needs: chat. Costs: one call for each of the `worst_fraction` of rollouts, those that the student is least sure of:
-unless told otherwise all of them for a rewrite, and half of them afresh. Loss: `ce` on the whole target; `topk_kl` where
+unless told otherwise all of them for a rewrite, and half of them afresh. Loss: `ce` on the whole target; `topk_kl` if
 it is afresh, at temperature 1, and comes with alternatives (a rewrite's are about another question).
 What it does not do: it does not tell the student which words of the draft were wrong.
 """

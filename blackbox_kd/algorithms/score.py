@@ -63,8 +63,12 @@ class ScoreConfig(AlgorithmConfig):
 
     @property
     def calls_per_rollout(self) -> float:
-        """One; forced decoding makes it as many as there are tokens."""
+        """One question."""
         return 1.0
+
+    def calls_for(self, can: Capabilities, length: int) -> float:
+        """Forced decoding makes one for each token, the end token included."""
+        return length + 1.0 if can.scoring == "forced" else 1.0
 
     @property
     def reply_tokens(self) -> int:
