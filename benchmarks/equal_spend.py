@@ -21,6 +21,7 @@ import json
 import math
 import os
 import random
+import sys
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -325,7 +326,8 @@ def run_of(
 def study(flags: argparse.Namespace) -> None:
     """Seed 1 of all arms and spends, then seed 2, ..."""
     tuned = json.loads(TUNED.read_text())
-    flags.out.mkdir(parents=True, exist_ok=True)
+    if missing := [arm for arm in flags.arms if arm not in tuned]:
+        sys.exit(f"{', '.join(missing)}: no trial is chosen yet, run --tune first")
     work(
         (
             run_of(arm, spend, seed, tuned[arm]["trial"], tuned[arm]["settings"], tuned, flags)

@@ -526,3 +526,36 @@ def test_llama_cpp_scores_nearly_as_the_model_in_process(corpus: Corpus) -> None
     assert np.abs(sample.weights["pg"]).mean() < 0.05
     assert abs(outcome.metrics["reverse_kl"]) < 0.05
     assert outcome.metrics["one_to_one"] == 1.0
+
+
+def test_calls_that_were_answered_before_a_kill_are_not_made_again(
+    lm: LanguageModel, byte_renderer: Renderer, corpus: Corpus
+) -> None:
+    """Forced decoding ends after some calls of a question, and half a line of what was kept is torn."""
+    one, api = rollout(byte_renderer, "Say 1", "some"), SpeakingAPI(lm, "llama.cpp")
+    rendered, speak = lm.ids(lm.prompt(one.prompt.messages)), api.handler
+
+    def about_it() -> list[tuple[int, ...]]:
+        forced = [tuple(body["prompt"]) for body in api.bodies if "logit_bias" in body]
+        return [ids for ids in forced if list(ids[: len(rendered)]) == rendered]
+
+    async def ask() -> TeacherTokens:
+        async with Teacher(teacher_config(api, concurrency=1), corpus, RUN_ID) as teacher:
+            scored_tokens = await teacher.score([(one.prompt, one.completion)], top=2)
+            return scored_tokens[one.completion.completion_id]
+
+    with served(api):
+        api.handler = lambda body, r: error_reply(401, "no") if len(about_it()) == 4 else speak(body, r)
+        with pytest.raises(TeacherRefused):
+            asyncio.run(ask())
+        answered = about_it()[:3]
+        (kept,) = corpus.path.with_name(corpus.path.name + ".partial").iterdir()
+        with kept.open("ab") as file:
+            file.write(b'"half of')
+        api.bodies.clear()
+        api.handler = speak
+        tokens = asyncio.run(ask())
+    assert not set(answered) & set(about_it())
+    assert len(answered) + len(about_it()) == len(tokens.token_ids) == len("some") + 1
+    assert tokens.token_logprobs == pytest.approx([p for _, _, p in truth(lm, one)], abs=2e-3)
+    assert not kept.exists()

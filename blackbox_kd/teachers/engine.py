@@ -27,6 +27,7 @@ from blackbox_kd.teachers.garbage import rarely_collected
 from blackbox_kd.teachers.live import Pulse
 from blackbox_kd.teachers.missing import MissingLogprobs
 from blackbox_kd.teachers.prices import price_of
+from blackbox_kd.teachers.several import Several
 from blackbox_kd.teachers.wire import Decoder, usage_of
 from blackbox_kd.teachers.work import Work
 from blackbox_kd.types import Author, Completion, Request
@@ -112,7 +113,7 @@ class Engine:
             total,
             drain_s=self._config.timeout_s,
         )
-        ask = partial(self._ask_by, way) if way else partial(self._ask, round_)
+        ask = Several(way, self.caller, self._corpus.path).ask if way else partial(self._ask, round_)
         async with aclosing(self._answers(work, requests, ask, known)) as answers:
             async for completions in answers:
                 for completion in completions:
@@ -165,6 +166,7 @@ class Engine:
                 finally:  # whatever ends the loop, what is in flight is paid for: wait for it and keep it
                     await work.drain()
                     self._open.remove(work)
+                    self.asked += work.answered
 
     async def _produce(
         self, work: Work, requests: Iterable[Request], writer: Writer, claims: Claims, known: bool
@@ -234,21 +236,6 @@ class Engine:
             return Taken(*self._decoder.decode(reply.data, request, self._author, round_))
 
         completions = await self.caller.call(request, work, writer, read)
-        self.asked += 1
         self.missing.note(request, completions, self._decoder.odd)
         self.missing.check()
-        return completions
-
-    async def _ask_by(self, way: Way, request: Request, work: Work, writer: Writer) -> list[Completion]:
-        """The calls of one question, in order; a kill between them loses what they said."""
-        replies: list[Reply] = []
-
-        def read(number: int, reply: Reply) -> Taken:
-            replies[number:] = [reply]
-            return way.read(request, replies) if number == len(calls) - 1 else Taken(usage=usage_of(reply.data))
-
-        calls = await way.calls(request)
-        for number, call in enumerate(calls):
-            completions = await self.caller.call(request, work, writer, partial(read, number), call=call)
-        self.asked += 1
         return completions
