@@ -6,7 +6,8 @@ SmolLM2 under its private prompt (a llama.cpp server) teaches SmolLM2 without it
 computed in-process, for measurement only. Each run spends `--spend` teacher tokens: prompt and completion tokens of
 every answer of teacher or judge that it used, as if nothing were cached, billed failures included, probe and
 evaluation left out. An on-policy arm starts from its own sft on the part of the spend that its loop does not take; an
-arm whose loop asks nothing has the whole spend for its sft.
+arm whose loop asks nothing has the whole spend for its sft. Where not even one prompt a round can be paid for, an arm
+is left out.
   rows     arm, seed, spend (the target), teacher_tokens (what it came to), metrics on the same held-out answers
   minus    each arm minus `sft` in true forward KL by spend, with a bootstrap interval over seeds and prompts
   wins     share of the spends where that interval lies wholly below zero
@@ -18,7 +19,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import os
 import random
 import sys
@@ -108,10 +108,8 @@ class Sizes(NamedTuple):
 def sizes(arm: Arm, spend: int, share: float) -> Sizes:
     """Answers for sft, and prompts of each round."""
     in_loop = int(spend * share / arm.cost / ROUNDS) if arm.cost else 0
-    if arm.cost and not in_loop:
-        in_loop = 1  # not even one prompt a round: the least that there is
-    answers = max(1, round((spend - in_loop * ROUNDS * arm.cost) / ANSWER_TOKENS))
-    return Sizes(answers, in_loop or min(16, answers))
+    answers = round((spend - in_loop * ROUNDS * arm.cost) / ANSWER_TOKENS)
+    return Sizes(answers, in_loop if arm.cost else min(16, answers))
 
 
 class Run(NamedTuple):
@@ -289,7 +287,12 @@ def run_one(run: Run) -> str:
 
 def work(runs: Iterable[Run], jobs: int) -> None:
     """Those that have no row yet, in order, `jobs` at a time."""
-    todo = [run for run in runs if not run.row.exists()]
+    todo = []
+    for run in runs:
+        if not run.sizes.prompts_per_round:
+            say(f"{run.name}: left out, one prompt a round costs more than its share of the spend")
+        elif not run.row.exists():
+            todo.append(run)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         asked = {pool.submit(run_one, run): run for run in todo}
         for done in as_completed(asked):
@@ -308,11 +311,16 @@ def tune(flags: argparse.Namespace) -> None:
         ]
         work(runs, flags.jobs)
         for arm in {run.arm for run in runs}:
-            found = [short(json.loads(run.row.read_text()))["metrics"]["true_kl"] if run.row.exists() else math.inf
-                     for run in runs if run.arm == arm]  # fmt: skip
-            taken = found.index(min(found))
+            found = [dev_kl(run) for run in runs if run.arm == arm]
+            known = [value for value in found if value is not None]
+            taken = found.index(min(known)) if known else 0
             best[arm] = {"trial": taken, "settings": ARMS[arm].trials[taken], "dev_true_kl": found}
         TUNED.write_text(json.dumps({arm: best[arm] for arm in ARMS if arm in best}, indent=1) + "\n")
+
+
+def dev_kl(run: Run) -> float | None:
+    """None where it was left out, or failed."""
+    return float(short(json.loads(run.row.read_text()))["metrics"]["true_kl"]) if run.row.exists() else None
 
 
 def run_of(
