@@ -52,6 +52,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """`algorithm[:variant]` -> section `onpolicy.algorithm`; what is not named is its default."""
 YARDSTICK = ("teacher_nll", "tail_kl")
+BOOKS = ("feedback", "replayed", "staleness", "rollout_logprob", "rollout_logprob_gap", "rollout_cut_off", "surprise_z")
+"""Not in the tables."""
 
 
 def settings(out: Path, variant: str, seed: int) -> list[tuple[str, str]]:
@@ -112,7 +114,7 @@ def spent(project: Project) -> dict[str, int]:
 
 def table(row: dict[str, Any]) -> str:
     """Markdown: a line for each number, a column for each round."""
-    names = list(dict.fromkeys(name for each in row["rounds"] for name in each if name != "round"))
+    names = list(dict.fromkeys(name for each in row["rounds"] for name in each if name not in ("round", *BOOKS)))
     lines = ["| | sft |" + "".join(f" round {r} |" for r in range(1, ROUNDS + 1)), "|---" * (ROUNDS + 2) + "|"]
     for name in names:
         values = (each.get(name) for each in row["rounds"])
@@ -120,6 +122,14 @@ def table(row: dict[str, Any]) -> str:
                  "" if v is None else f"{v:.3g}" for v in values)  # fmt: skip
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def tables(found: list[dict[str, Any]]) -> str:
+    """One for each variant, under its name and what it asked."""
+    return "\n\n".join(
+        f"### {row['variant']}\n\n{row['calls']} calls, {row['tokens']:,} tokens beyond plain answers.\n\n{table(row)}"
+        for row in found
+    )
 
 
 def main() -> None:
@@ -140,7 +150,7 @@ def main() -> None:
     if flags.json:
         json.dump({"rows": found}, sys.stdout, indent=1)
     else:
-        print("\n\n".join(f"### {row['variant']}\n\n{table(row)}" for row in found))
+        print(tables(found))
 
 
 if __name__ == "__main__":

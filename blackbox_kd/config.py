@@ -145,7 +145,7 @@ class SftConfig(Section):
 class VllmConfig(Section):
     """A vLLM server with `--enable-lora` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, which sees the run directory."""
 
-    base_url: str
+    base_url: str = Field(min_length=1)
     """Up to and including /v1."""
     model: str
     """What it calls the student's base."""

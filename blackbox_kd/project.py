@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
+from blackbox_kd import vllm
 from blackbox_kd.algorithms.base import Tools
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.errors import ConfigError
@@ -14,7 +15,7 @@ from blackbox_kd.hashing import content_id
 from blackbox_kd.lane import Lane
 from blackbox_kd.prompts import SPLITS, PromptSet
 from blackbox_kd.run_dir import RunDir
-from blackbox_kd.settings import Config
+from blackbox_kd.settings import Config, OnPolicyConfig
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.teachers.base import Capabilities, TeacherConfig
 from blackbox_kd.teachers.budget import worst_case
@@ -28,11 +29,15 @@ def settled(config: Config, prompts: PromptSet, can: Capabilities) -> tuple[Conf
 
     It does not depend on what has been spent: the same run makes the same choice again.
     """
-    loop, cap = config.onpolicy, affordable(config, prompts)
-    asked = prompts.count("train", config.sample.max_prompts) * config.sample.draws
-    fixed = 2 * (prompts.count("heldout") + prompts.count("ood"))
-    left = None if cap is None else cap - asked - fixed
-    chosen, why = loop.algorithm.resolve(can, loop.rounds * loop.prompts_per_round, loop.max_completion_length, left)
+    loop = config.onpolicy
+
+    def left() -> int | None:
+        cap = affordable(config, prompts)
+        asked = prompts.count("train", config.sample.max_prompts) * config.sample.draws
+        return None if cap is None else cap - asked - 2 * (prompts.count("heldout") + prompts.count("ood"))
+
+    in_all = loop.rounds * min(loop.prompts_per_round, prompts.count("train"))
+    chosen, why = loop.algorithm.resolve(can, in_all, loop.max_completion_length, left)
     return config.model_copy(update={"onpolicy": loop.model_copy(update={"algorithm": chosen})}), why
 
 
@@ -65,13 +70,15 @@ class Project:
     """Everything that a stage works with, opened once; use as a context manager."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        self.config, self._why = config, ""
         self._stack = ExitStack()
 
     def __enter__(self) -> Project:
         config = self.config
         self.prompts = PromptSet(config.prompts)
         config.teacher.check()
+        if config.onpolicy.vllm:
+            vllm.endpoint(config.onpolicy.vllm)
         with ExitStack() as stack:  # lets go of the run directory where the rest cannot be opened
             self.run_dir = stack.enter_context(RunDir(config.run_dir))
             self.corpus = Corpus(config.corpus_path)
@@ -102,9 +109,19 @@ class Project:
         self._stack.close()
 
     def settle(self) -> str:
-        """`algorithm: auto` becomes what it stands for, for everything that follows; why."""
-        self.config, why = settled(self.config, self.prompts, self.teacher.capabilities)
-        return why
+        """`algorithm: auto` becomes what it stands for, for everything that follows; why.
+
+        Once there is a round it stays what it was, also where a higher cap would pay for another one.
+        """
+        if not self._why:
+            self.config, self._why = settled(self.config, self.prompts, self.teacher.capabilities)
+            rounds = [name for name in self.run_dir.checkpoints() if name != "sft"]
+            if self._why and rounds:
+                taken = OnPolicyConfig.model_validate(self.run_dir.made_with(rounds[0])["onpolicy"]).algorithm
+                loop = self.config.onpolicy.model_copy(update={"algorithm": taken})
+                self.config = self.config.model_copy(update={"onpolicy": loop})
+                self._why = f"{taken.name}, as in the rounds before"
+        return self._why
 
     def _judge(self, config: TeacherConfig | None, where: str) -> Teacher | None:
         """An endpoint that shares the teacher's budget."""

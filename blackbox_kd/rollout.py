@@ -99,7 +99,7 @@ class Writer:
             )
             for i, (prompt, completion) in enumerate(answers)
         ]
-        if (apart := health.logprob_gap(found)) > SAME_POLICY_NATS:
+        if not (apart := health.logprob_gap(found)) <= SAME_POLICY_NATS:
             raise AlignmentError(
                 f"the drawn tokens were kept with log-probs that are {apart:.3f} nats a token from the student's (the "
                 f"limit is {SAME_POLICY_NATS}): another policy wrote them"

@@ -93,16 +93,19 @@ class RunDir:
         shutil.rmtree(final, ignore_errors=True)  # left from before an earlier checkpoint was deleted and made anew
         partial.rename(final)
 
+    def made_with(self, name: str) -> dict[str, Any]:
+        """The settings of a committed checkpoint."""
+        return dict(json.loads((self.checkpoint(name) / SETTINGS_FILE).read_text()))
+
     def done(self, name: str, settings: Mapping[str, Any]) -> bool:
         """Whether the checkpoint exists already.
 
         Raises:
             ConfigError: it was made with other settings, so going on would mix two experiments.
         """
-        path = self.checkpoint(name) / SETTINGS_FILE
-        if not path.exists():
+        if name not in self.checkpoints():
             return False
-        made = flatten(json.loads(path.read_text()))
+        made = flatten(self.made_with(name))
         wanted = flatten(json.loads(json.dumps(settings)))
         for key in sorted(made.keys() | wanted.keys()):
             if made.get(key) != wanted.get(key):

@@ -13,19 +13,17 @@ import msgspec
 
 from blackbox_kd import health
 from blackbox_kd.algorithms.base import Outcome, ce_sample
-from blackbox_kd.align import SoftLabels
 from blackbox_kd.hashing import phase_seed
 from blackbox_kd.model_card import write_card
 from blackbox_kd.progress import say
 from blackbox_kd.project import Project
 from blackbox_kd.rollout import Writer
 from blackbox_kd.settings import OnPolicyConfig
-from blackbox_kd.soft_labels import label
 from blackbox_kd.student.ranks import Ranks
 from blackbox_kd.student.render import IGNORE, Rendered
 from blackbox_kd.student.student import Student
 from blackbox_kd.student.update import Updater
-from blackbox_kd.types import Prompt, Rollout, TrainSample, scorer
+from blackbox_kd.types import Prompt, Rollout, TrainSample
 from blackbox_kd.yardstick import Looks
 
 OPTIMIZER_FILE = "optimizer.pt"
@@ -167,10 +165,7 @@ def fitting(samples: list[TrainSample], max_length: int) -> list[TrainSample]:
 
 
 def replay(project: Project, student: Student, targets: int, round_: int) -> list[TrainSample]:
-    """Teacher rows of the sequence-level stage, so many that they are the share `replay` of the update.
-
-    They are learnt as there: by soft labels where they have them, unless `sft.soft_labels` says otherwise.
-    """
+    """Teacher rows of the sequence-level stage, so many that they are the share `replay` of the update."""
     share = project.config.onpolicy.replay
     wanted = round(targets * share / (1 - share))
     rows = project.training_rows()
@@ -178,14 +173,9 @@ def replay(project: Project, student: Student, targets: int, round_: int) -> lis
     chosen = rng.sample(rows, min(wanted, len(rows)))
     if len(chosen) < wanted:
         say(f"replay: only {len(chosen)} teacher rows for {wanted} places")
-    labels: list[SoftLabels | None] = [None] * len(chosen)
-    if project.config.sft.soft_labels:
-        model, context = project.config.teacher.model, project.teacher.context.context_hash
-        texts = [(completion_id, text) for _, completion_id, text in chosen]
-        labels = label(project.corpus, student.renderer, model, scorer(model, context), texts).labels
     return [
-        ce_sample(completion_id, student.renderer.render(prompt.messages, text), soft)
-        for (prompt, completion_id, text), soft in zip(chosen, labels, strict=True)
+        ce_sample(completion_id, student.renderer.render(prompt.messages, text))
+        for prompt, completion_id, text in chosen
     ]
 
 

@@ -17,7 +17,14 @@ import msgspec
 
 from blackbox_kd.config import VllmConfig
 from blackbox_kd.corpus import Corpus
-from blackbox_kd.errors import AlignmentError, RequestRejected, TeacherError, TeacherRefused, TransientError
+from blackbox_kd.errors import (
+    AlignmentError,
+    ConfigError,
+    RequestRejected,
+    TeacherError,
+    TeacherRefused,
+    TransientError,
+)
 from blackbox_kd.hashing import draw_seed
 from blackbox_kd.teachers.base import Call, PriceConfig, Reply, Taken, Transport
 from blackbox_kd.teachers.engine import Engine
@@ -78,10 +85,37 @@ class Drawing:
             raise TeacherRefused("it does not say which tokens it drew (`return_token_ids`): vLLM 0.10.2 or newer does")
         if choice.prompt_token_ids != self._prompts_ids[request.request_key]:
             raise AlignmentError("onpolicy.vllm: the server went on from other tokens than it was given")
-        if len(values) != len(ids) or None in values:
+        if not ids or len(values) != len(ids) or None in values:
             raise AlignmentError(f"onpolicy.vllm: {len(values)} log-probs for {len(ids)} drawn tokens")
         made = self._made(request, ids, [value for value in values if value is not None])
         return Taken([made], usage_of(replies[-1].data))
+
+
+def endpoint(config: VllmConfig) -> OpenAITeacherConfig:
+    """As the engine reaches it.
+
+    Raises:
+        ConfigError: no address, a password in it, or a key that is not set.
+    """
+    found = OpenAITeacherConfig(
+        model=config.model,
+        base_url=config.base_url,
+        api_key_env=config.api_key_env,
+        concurrency=config.concurrency,
+        timeout_s=config.timeout_s,
+        price=PriceConfig(input=0, output=0),
+        retry_dead_letters=True,  # the round needs all of its rollouts: nothing is given up for good
+    )
+    try:
+        found.check()
+    except ConfigError as error:
+        raise ConfigError(_ours(error)) from error
+    return found
+
+
+def _ours(error: Exception) -> str:
+    """It names the keys as those of a teacher."""
+    return str(error).replace("teacher.", "onpolicy.vllm.")
 
 
 def draw(
@@ -100,20 +134,13 @@ def draw(
         TeacherError: the server does not load the adapter, or does not answer; what was drawn is kept.
         AlignmentError: see `Drawing`.
     """
-    endpoint = OpenAITeacherConfig(
-        model=config.model,
-        base_url=config.base_url,
-        api_key_env=config.api_key_env,
-        concurrency=config.concurrency,
-        timeout_s=config.timeout_s,
-        price=PriceConfig(input=0, output=0),
-    )
+    server = endpoint(config)
     name = config.model if adapter is None else f"policy-{adapter[0]}"
 
     async def run() -> None:
         way = Drawing(name, end_id, prompts_ids, made)
         async with (
-            Engine(endpoint, corpus, run_id, "student") as engine,
+            Engine(server, corpus, run_id, "student") as engine,
             _loaded(await engine.transport(), name, adapter and adapter[1].resolve()),
         ):
             async for _ in engine.complete(requests, known=False, way=way, description="student writes (vLLM)"):
@@ -122,8 +149,7 @@ def draw(
     try:
         asyncio.run(run())
     except TeacherError as error:
-        where = str(error).replace("teacher.", "onpolicy.vllm.")
-        raise type(error)(f"onpolicy.vllm at {config.base_url}: {where}", status=error.status) from error
+        raise type(error)(f"onpolicy.vllm at {server.address}: {_ours(error)}", status=error.status) from error
 
 
 @asynccontextmanager

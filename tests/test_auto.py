@@ -38,14 +38,14 @@ AUTO = ["--onpolicy.algorithm", "{name: auto, max_completion_length: 16}"]
     ],
 )
 def test_the_strongest_that_the_endpoint_serves(can: dict[str, Any], chosen: str, said: str) -> None:
-    algorithm, why = AutoConfig().resolve(Capabilities(**can), 64, 40, None)
+    algorithm, why = AutoConfig().resolve(Capabilities(**can), 64, 40, lambda: None)
     assert algorithm.name == chosen
     assert why.startswith(said)
 
 
 @pytest.mark.parametrize(("calls", "chosen"), [(256, "forks"), (255, "prefix"), (63, "preference"), (-5, "preference")])
 def test_the_strongest_that_the_budget_pays_for(calls: int, chosen: str) -> None:
-    algorithm, why = AutoConfig().resolve(Capabilities(prefill="prefix", top_logprobs_max=20), 64, 40, calls)
+    algorithm, why = AutoConfig().resolve(Capabilities(prefill="prefix", top_logprobs_max=20), 64, 40, lambda: calls)
     assert algorithm.name == chosen
     assert ("its 256 calls are more than the" in why) == (chosen != "forks")
 
@@ -74,7 +74,7 @@ def test_plan_counts_the_calls_of_forced_decoding(project_file: Path, capsys: py
 
 
 def test_its_replies_are_as_long_as_it_is_told() -> None:
-    algorithm, _ = AutoConfig(max_completion_length=9).resolve(Capabilities(prefill="prefix"), 1, 40, None)
+    algorithm, _ = AutoConfig(max_completion_length=9).resolve(Capabilities(prefill="prefix"), 1, 40, lambda: None)
     assert algorithm.reply_tokens == 9
 
 

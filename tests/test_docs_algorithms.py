@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -33,6 +34,13 @@ def installed(tmp_path: Path) -> Path:
     assert entry
     (metadata / "entry_points.txt").write_text(f"[{entry.group(1)}]\n{entry.group(2).replace(chr(34), '')}\n")
     return folder
+
+
+def test_its_tables_are_those_of_the_benchmark() -> None:
+    from algorithms import tables
+
+    results = Path(__file__).parent.parent / "benchmarks" / "results" / "algorithms.json"
+    assert tables(json.loads(results.read_text())["rows"]) in DOC
 
 
 def test_it_takes_at_most_30_lines() -> None:

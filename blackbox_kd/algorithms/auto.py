@@ -11,6 +11,7 @@ chosen: the one needs a judge that is worth believing, the other many rounds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from pydantic import Field
@@ -50,8 +51,11 @@ class AutoConfig(AlgorithmConfig):
         """Somebody to look."""
         return "nobody has probed the endpoint" if can == Capabilities() else None
 
-    def resolve(self, can: Capabilities, prompts: int, length: int, calls: int | None) -> tuple[AlgorithmConfig, str]:
+    def resolve(
+        self, can: Capabilities, prompts: int, length: int, left: Callable[[], int | None]
+    ) -> tuple[AlgorithmConfig, str]:
         """The first that serves; the last one where none does."""
+        calls = left()
         reasons = {
             each.name: each.lacking(can) or too_many(each, each.calls_for(can, length), prompts, calls)
             for each in self.strongest_first

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -99,11 +99,13 @@ class AlgorithmConfig(Section):
         """Whether it cannot do without the section `judge`."""
         return False
 
-    def resolve(self, can: Capabilities, prompts: int, length: int, calls: int | None) -> tuple[AlgorithmConfig, str]:
+    def resolve(
+        self, can: Capabilities, prompts: int, length: int, left: Callable[[], int | None]
+    ) -> tuple[AlgorithmConfig, str]:
         """The algorithm that is meant, and why: itself, but for `auto`.
 
-        `prompts` are those of all rounds, `length` the tokens of a rollout at most, `calls` what the budget leaves for
-        all of them; None where it sets no limit.
+        `prompts` are those of all rounds, `length` the tokens of a rollout at most, `left()` the calls that the budget
+        leaves for all of them; None where it sets no limit.
         """
         return self, ""
 

@@ -65,11 +65,11 @@ class Relabel(Algorithm):
 
     def __init__(self, config: RelabelConfig, teacher: Teacher, renderer: Renderer) -> None:
         self._config, self._teacher, self._renderer = config, teacher, renderer
-        soft = config.soft_labels and config.mode == "afresh" and config.temperature == 1
+        self._is_soft = config.soft_labels and config.mode == "afresh" and config.temperature == 1
         self._sampling = SamplingParams(
             temperature=config.temperature,
             max_completion_length=config.max_completion_length,
-            top_logprobs=teacher.sample.top_logprobs if soft else None,
+            top_logprobs=teacher.sample.top_logprobs if self._is_soft else None,
         )
         system = teacher.config.prompt.template
         self._rewrite = RewritePrompt(system, config.template, config.examples, "onpolicy.algorithm")
@@ -85,13 +85,13 @@ class Relabel(Algorithm):
             if target and (text := usable_text(target)):
                 found.append((rollout, request, target, text))
         by = scorer(teacher.config.model, teacher.context.context_hash)
-        texts = [(target.completion_id, text) for *_, target, text in found]
+        texts = [(target.completion_id, text) for *_, target, text in found if self._is_soft]
         soft = label(teacher.corpus, self._renderer, teacher.config.model, by, texts)
         return Outcome(
             feedback=[self._said(rollout, request, target) for rollout, request, target, _ in found],
             samples=[
                 ce_sample(target.completion_id, join(rollout.prompt_ids, self._renderer.completion(text)), labels)
-                for (rollout, _, target, text), labels in zip(found, soft.labels, strict=True)
+                for (rollout, _, target, text), labels in zip(found, soft.labels or [None] * len(found), strict=True)
             ],
             asked=len(asked),
             failed=len(asked) - len(found),

@@ -260,7 +260,8 @@ class Corpus:
             """SELECT count(*) FILTER (billed), coalesce(sum(prompt_tokens), 0)::BIGINT,
                       coalesce(sum(completion_tokens), 0)::BIGINT, coalesce(sum(cost_usd), 0),
                       count(*) FILTER (billed AND cost_usd IS NULL), count(*) FILTER (billed IS NULL)
-               FROM attempts JOIN requests USING (request_key) WHERE run_id = ?::UUID AND purpose <> 'rollout'""",
+               FROM attempts LEFT JOIN requests USING (request_key)
+               WHERE run_id = ?::UUID AND purpose IS DISTINCT FROM 'rollout'""",
             [run_id],
         )[0]
         return {"calls": calls, "prompt_tokens": prompt, "completion_tokens": completion,
@@ -273,7 +274,8 @@ class Corpus:
                       count(*), coalesce(sum(prompt_tokens) FILTER (cost_usd IS NULL), 0)::BIGINT,
                       coalesce(sum(cached_tokens) FILTER (cost_usd IS NULL), 0)::BIGINT,
                       coalesce(sum(completion_tokens) FILTER (cost_usd IS NULL), 0)::BIGINT
-               FROM attempts JOIN requests USING (request_key) WHERE run_id = ?::UUID AND purpose <> 'rollout'
+               FROM attempts LEFT JOIN requests USING (request_key)
+               WHERE run_id = ?::UUID AND purpose IS DISTINCT FROM 'rollout'
                AND billed AND prompt_tokens + completion_tokens > 0""",
             [run_id],
         )

@@ -83,6 +83,16 @@ def count_tokens(samples: Sequence[TrainSample], name: str) -> int:
     return sum(w != 0 for sample in samples for w in sample.weights.get(name, ()))
 
 
+def count_taught(samples: Sequence[TrainSample], _: str) -> int:
+    """Tokens that are taught by the text or by a soft label.
+
+    Both losses are divided by all of them, as in `losses.mix`: each token weighs the same, however many have a label.
+    """
+    names = ("ce", "topk_kl")
+    taught = ([sample.weights[name] for name in names if name in sample.weights] for sample in samples)
+    return sum(any(token) for streams in taught for token in zip(*streams, strict=True))
+
+
 def count_pairs(samples: Sequence[TrainSample], name: str) -> int:
     """Pairs in which anything has a weight."""
     return len({s.pair_id for s in samples if any(s.weights.get(name, ()))})
@@ -97,8 +107,8 @@ class Component(NamedTuple):
 
 
 COMPONENTS: dict[str, Component] = {
-    "ce": Component(ce, count_tokens),
-    "topk_kl": Component(topk_kl, count_tokens),
+    "ce": Component(ce, count_taught),
+    "topk_kl": Component(topk_kl, count_taught),
     "pg": Component(pg, count_tokens),
     "pair": Component(pair, count_pairs),
 }

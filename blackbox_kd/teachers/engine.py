@@ -113,7 +113,11 @@ class Engine:
             total,
             drain_s=self._config.timeout_s,
         )
-        ask = Several(way, self.caller, self._corpus.path).ask if way else partial(self._ask, round_)
+        ask = (
+            Several(way, self.caller, self._corpus.path, self._config.address).ask
+            if way
+            else partial(self._ask, round_)
+        )
         async with aclosing(self._answers(work, requests, ask, known)) as answers:
             async for completions in answers:
                 for completion in completions:
@@ -158,7 +162,8 @@ class Engine:
                 self._produce(work, requests, writer, claims, known),
                 lambda request: ask(request, work, writer),
             )
-            beating = Pulse(work, self.caller, self.budget, progress, self._run_id, self.run_dir, self._corpus.journal)
+            to = None if self._author == "student" else self._corpus.journal  # `status` shows what is billed
+            beating = Pulse(work, self.caller, self.budget, progress, self._run_id, self.run_dir, to)
             async with beating:
                 try:
                     async for completions in work.results():

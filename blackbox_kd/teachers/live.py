@@ -23,7 +23,8 @@ ERROR_CHARS = 60
 class Beat:
     """Writes a heartbeat now and then, and a last one at the end; use as an async context manager."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
+        """`folder`: None for no heartbeat, but whatever else there is to show."""
         self._folder = folder
         self._started_at = time.time()
 
@@ -33,12 +34,16 @@ class Beat:
 
     async def __aexit__(self, *exc: object) -> None:
         self._task.cancel()
-        write_heartbeat(self._folder, self.heartbeat(ended=True))
+        self._write(self.heartbeat(ended=True))
 
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(PULSE_S)
-            write_heartbeat(self._folder, self.heartbeat())
+            self._write(self.heartbeat())
+
+    def _write(self, heartbeat: Heartbeat) -> None:
+        if self._folder:
+            write_heartbeat(self._folder, heartbeat)
 
     def heartbeat(self, *, ended: bool = False) -> Heartbeat:
         """How it stands."""
@@ -49,9 +54,10 @@ class Pulse(Beat):
     """Around the asking: also keeps the live line up to date."""
 
     def __init__(
-        self, work: Work, caller: Caller, budget: Budget, progress: Counter, run_id: str, run_dir: Path | None, to: Path
-    ) -> None:
-        """`to` is the folder of heartbeats."""
+        self, work: Work, caller: Caller, budget: Budget, progress: Counter, run_id: str, run_dir: Path | None,
+        to: Path | None,
+    ) -> None:  # fmt: skip
+        """`to` is the folder of heartbeats, see `Beat`."""
         super().__init__(to)
         self._work, self._caller, self._budget, self._progress = work, caller, budget, progress
         self._run_id, self._run_dir = run_id, run_dir
