@@ -104,3 +104,12 @@ def test_plan_counts_what_it_would_choose(project_file: Path, capsys: pytest.Cap
         assert found["algorithm"].startswith(f"{chosen}; ")
         (stage,) = (stage for stage in found["stages"] if stage["stage"] == "onpolicy")
         assert stage["questions"] == questions
+
+
+def test_a_higher_cap_goes_on_with_what_was_chosen(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["run", "--config", str(project_file), *AUTO, "--teacher.capabilities", "{n_max: 2}"]
+    assert main([*command, "--max-tokens", str(24 * WORST)]) in (0, 4)
+    assert "preference; not" in capsys.readouterr().err
+    assert main([*command, "--max-tokens", str(200 * WORST), "--onpolicy.rounds", "3"]) == 0
+    assert "preference, as in the rounds before" in capsys.readouterr().err
+    assert (project_file.parent / "run" / "checkpoints" / "round-3").exists()

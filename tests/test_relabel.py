@@ -82,6 +82,23 @@ def test_a_rewrite_is_learnt_as_it_is_written(corpus: Corpus, renderer: Renderer
     assert list(sample.weights) == ["ce"]
 
 
+@pytest.mark.parametrize(
+    "config", [{}, {"mode": "afresh", "soft_labels": False}, {"mode": "afresh", "temperature": 0.5}]
+)
+def test_alternatives_that_nobody_asked_for_are_not_learnt(
+    corpus: Corpus, renderer: Renderer, config: dict[str, Any]
+) -> None:
+    shows = ScriptedTeacherConfig(reply="one two", extra_body={"logprobs": True, "top_logprobs": 5})
+
+    async def ask() -> Outcome:
+        async with Teacher(shows, corpus, RUN_ID) as teacher:
+            algorithm = RelabelConfig(**config).build(tools(teacher, renderer))
+            return await algorithm.feedback([rollout(renderer, "Say 1", "x")], 1)
+
+    (sample,) = asyncio.run(ask()).samples
+    assert list(sample.weights) == ["ce"]
+
+
 def test_afresh_asks_where_the_student_is_least_sure(renderer: Renderer) -> None:
     rollouts = [rollout(renderer, f"Say {i}", "x", logprob=-i) for i in (1.0, 5.0, 2.0, 9.0)]
     assert [r.logprobs[0] for r in least_sure(rollouts, 0.5)] == [-9.0, -5.0]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from aiohttp import web
 from msgspec.structs import replace
 
 from blackbox_kd.algorithms.base import Outcome
@@ -17,7 +18,7 @@ from blackbox_kd.algorithms.score import ScoreConfig, bounded
 from blackbox_kd.align import Aligner
 from blackbox_kd.align.spans import common_spans
 from blackbox_kd.corpus import Corpus
-from blackbox_kd.errors import BudgetExhausted, ConfigError, TeacherRefused
+from blackbox_kd.errors import BudgetExhausted, ConfigError, TeacherError, TeacherRefused
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.teachers import scores
 from blackbox_kd.teachers.base import Capabilities, TeacherConfig
@@ -528,34 +529,95 @@ def test_llama_cpp_scores_nearly_as_the_model_in_process(corpus: Corpus) -> None
     assert outcome.metrics["one_to_one"] == 1.0
 
 
-def test_calls_that_were_answered_before_a_kill_are_not_made_again(
-    lm: LanguageModel, byte_renderer: Renderer, corpus: Corpus
-) -> None:
-    """Forced decoding ends after some calls of a question, and half a line of what was kept is torn."""
-    one, api = rollout(byte_renderer, "Say 1", "some"), SpeakingAPI(lm, "llama.cpp")
-    rendered, speak = lm.ids(lm.prompt(one.prompt.messages)), api.handler
+class Forced:
+    """Forced decoding of one rollout, one call at a time; `stop_at` has the endpoint refuse the call after so many."""
 
-    def about_it() -> list[tuple[int, ...]]:
-        forced = [tuple(body["prompt"]) for body in api.bodies if "logit_bias" in body]
-        return [ids for ids in forced if list(ids[: len(rendered)]) == rendered]
+    def __init__(self, lm: LanguageModel, renderer: Renderer, corpus: Corpus) -> None:
+        self.one, self.api = rollout(renderer, "Say 1", "some"), SpeakingAPI(lm, "llama.cpp")
+        self.corpus, self.speak = corpus, self.api.handler
+        self.rendered = lm.ids(lm.prompt(self.one.prompt.messages))
+        self.folder = corpus.path.with_name(corpus.path.name + ".partial")
 
-    async def ask() -> TeacherTokens:
-        async with Teacher(teacher_config(api, concurrency=1), corpus, RUN_ID) as teacher:
-            scored_tokens = await teacher.score([(one.prompt, one.completion)], top=2)
-            return scored_tokens[one.completion.completion_id]
+    @property
+    def calls(self) -> list[tuple[int, ...]]:
+        """Prompts of the calls about the rollout, not those of the self-check."""
+        forced = [tuple(body["prompt"]) for body in self.api.bodies if "logit_bias" in body]
+        return [ids for ids in forced if list(ids[: len(self.rendered)]) == self.rendered]
 
-    with served(api):
-        api.handler = lambda body, r: error_reply(401, "no") if len(about_it()) == 4 else speak(body, r)
-        with pytest.raises(TeacherRefused):
-            asyncio.run(ask())
-        answered = about_it()[:3]
-        (kept,) = corpus.path.with_name(corpus.path.name + ".partial").iterdir()
-        with kept.open("ab") as file:
-            file.write(b'"half of')
-        api.bodies.clear()
-        api.handler = speak
-        tokens = asyncio.run(ask())
-    assert not set(answered) & set(about_it())
-    assert len(answered) + len(about_it()) == len(tokens.token_ids) == len("some") + 1
-    assert tokens.token_logprobs == pytest.approx([p for _, _, p in truth(lm, one)], abs=2e-3)
+    def stop_at(self, count: int, answer: Any = None) -> None:
+        def handler(body: dict[str, Any], request: Any) -> Any:
+            if len(self.calls) != count:
+                return self.speak(body, request)
+            return answer(body, request) if answer else error_reply(401, "no")
+
+        self.api.handler = handler
+
+    def ask(self) -> TeacherTokens | None:
+        async def score() -> TeacherTokens | None:
+            config = teacher_config(self.api, concurrency=1, retry_dead_letters=True, max_retries=0)
+            async with Teacher(config, self.corpus, RUN_ID) as teacher:
+                found = await teacher.score([(self.one.prompt, self.one.completion)], top=2)
+                return found.get(self.one.completion.completion_id)
+
+        self.api.bodies.clear()
+        return asyncio.run(score())
+
+
+@pytest.fixture
+def forced(lm: LanguageModel, byte_renderer: Renderer, corpus: Corpus) -> Forced:
+    return Forced(lm, byte_renderer, corpus)
+
+
+def test_calls_that_were_answered_before_a_kill_are_not_made_again(lm: LanguageModel, forced: Forced) -> None:
+    """Twice forced decoding ends after some calls of a question, and half a line of what was kept is torn."""
+    answered: list[tuple[int, ...]] = []
+    with served(forced.api):
+        for _ in range(2):
+            forced.stop_at(2)
+            with pytest.raises(TeacherRefused):
+                forced.ask()
+            answered += forced.calls[:1]
+            (kept,) = forced.folder.iterdir()
+            with kept.open("ab") as file:
+                file.write(b'"half of')
+        forced.api.handler = forced.speak
+        tokens = forced.ask()
+    assert tokens is not None
+    assert len({*answered, *forced.calls}) == len(answered) + len(forced.calls) == len("some") + 1
+    assert tokens.token_logprobs == pytest.approx([p for _, _, p in truth(lm, forced.one)], abs=2e-3)
     assert not kept.exists()
+
+
+def test_what_another_place_said_is_not_mixed_in(
+    forced: Forced, byte_renderer: Renderer, tmp_path: Path, corpus: Corpus
+) -> None:
+    other = LanguageModel(make_tiny(tmp_path / "other", seed=11, vocab_size=258))
+    with served(forced.api):
+        forced.stop_at(3)
+        with pytest.raises(TeacherRefused):
+            forced.ask()
+    elsewhere = Forced(other, byte_renderer, corpus)
+    with served(elsewhere.api):
+        tokens = elsewhere.ask()
+    assert tokens is not None
+    assert tokens.token_logprobs == pytest.approx([p for _, _, p in truth(other, forced.one)], abs=2e-3)
+
+
+def unbiased(forced: Forced) -> Any:
+    return lambda body, request: forced.speak({**body, "logit_bias": {str(65): 100}}, request)
+
+
+def garbage(_: Forced) -> Any:
+    return lambda body, request: web.Response(text="<html>busy</html>")
+
+
+@pytest.mark.parametrize("wrong", [unbiased, garbage])
+def test_a_wrong_reply_in_the_middle_is_not_kept_for_ever(lm: LanguageModel, forced: Forced, wrong: Any) -> None:
+    with served(forced.api):
+        forced.stop_at(2, wrong(forced))
+        with pytest.raises(TeacherError):
+            forced.ask()
+        forced.api.handler = forced.speak
+        tokens = forced.ask()
+    assert tokens is not None
+    assert tokens.token_logprobs == pytest.approx([p for _, _, p in truth(lm, forced.one)], abs=2e-3)

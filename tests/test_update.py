@@ -94,6 +94,16 @@ def test_components_of_one_step_add_up_each_under_its_own_count(student: Student
     assert (both["ce_count"], both["pair_count"]) == (ce["ce_count"], 2)
 
 
+def test_a_token_weighs_the_same_with_a_hard_label_or_a_soft_one() -> None:
+    """Two tokens by the text, three by soft labels, one of the other sample by both: six are taught."""
+    one = TrainSample(
+        sample_id="1", input_ids=[0] * 6, weights={"ce": [0, 1, 1, 0, 0, 0], "topk_kl": [0, 0, 0, 1, 1, 1]}
+    )
+    two = TrainSample(sample_id="2", input_ids=[0] * 2, weights={"ce": [0, 0.5], "topk_kl": [0, 0.5]})
+    for name in ("ce", "topk_kl"):
+        assert COMPONENTS[name].normalizer([one, two], name) == 6
+
+
 def test_options_reach_their_component(student: Student) -> None:
     def loss(**options: float) -> float:
         updater = Updater(student, UpdateConfig(learning_rate=1e-9, max_steps=1), losses={"topk_kl": options})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from blackbox_kd.__main__ import main
 from blackbox_kd.config import StudentConfig, VllmConfig
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.errors import AlignmentError, TeacherError, TeacherRefused
@@ -133,6 +136,7 @@ def test_another_adapter_on_the_server_is_found_out(writer: Writer, prompts: lis
         ({"prompt_token_ids": [1, 2]}, AlignmentError, "other tokens than it was given"),
         ({"logprobs": {"token_logprobs": [-0.1]}}, AlignmentError, "1 log-probs for"),
         ({"logprobs": None}, AlignmentError, "0 log-probs for"),
+        ({"token_ids": [], "logprobs": None}, AlignmentError, "0 log-probs for 0 drawn"),
         ({"token_ids": None}, TeacherRefused, r"onpolicy.vllm at http.*vLLM 0\.10\.2"),
     ],
 )
@@ -164,3 +168,35 @@ def test_what_it_does_not_draw_is_missed(writer: Writer, prompts: list[Prompt], 
     vllm.handler = lambda body, r: error_reply(400, "too long") if body["prompt"] == long else vllm.draw(body, r)
     with pytest.raises(TeacherError, match=f"1 of {len(prompts)} rollouts were not written"):
         writer.rollouts(prompts)
+    asked = len(vllm.bodies)
+    vllm.handler = vllm.draw
+    assert len(writer.rollouts(prompts)) == len(prompts)
+    assert len(vllm.bodies) == asked + 1  # and nothing else is drawn again
+
+
+def test_status_goes_on_showing_what_is_billed(writer: Writer, prompts: list[Prompt]) -> None:
+    writer.rollouts(prompts)
+    assert not list(writer.corpus.journal.glob("*.status.json"))
+
+
+@pytest.mark.parametrize(
+    ("server", "match"),
+    [
+        ({"base_url": "http://user:password@127.0.0.1/v1"}, r"onpolicy\.vllm\.base_url holds a user or a password"),
+        ({"base_url": "127.0.0.1:8000"}, r"onpolicy\.vllm\.base_url must be http"),
+        (
+            {"base_url": "http://127.0.0.1/v1", "api_key_env": "NOT_SET"},
+            r"onpolicy\.vllm\.api_key_env: .* NOT_SET is not set",
+        ),
+        ({"base_url": ""}, r"onpolicy\.vllm\.base_url"),
+    ],
+)
+def test_a_server_that_cannot_be_reached_so_is_one_line_before_anything_is_paid(
+    project_file: Path, capsys: pytest.CaptureFixture[str], server: dict[str, str], match: str
+) -> None:
+    given = json.dumps({"model": "base", **server})
+    assert main(["sample", "--config", str(project_file), "--onpolicy.vllm", given]) == 2
+    said = capsys.readouterr().err
+    assert re.search(match, said)
+    assert "password@" not in said
+    assert len(said.strip().splitlines()) == 1
