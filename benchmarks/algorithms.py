@@ -15,6 +15,7 @@ import asyncio
 import json
 import shutil
 import sys
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,9 @@ async def train(project: Project, first: Path) -> None:
     sft_folder, shared = project.run_dir.checkpoint("sft"), first / "checkpoints" / "sft"
     if not sft_folder.exists() and shared.exists():
         shutil.copytree(shared, sft_folder)
-    async with project.teacher:
+    async with AsyncExitStack() as stack:
+        for endpoint in project.endpoints:
+            await stack.enter_async_context(endpoint)
         await sample.run(project)
         await yardstick.capture(project)
         await sft.run(project)

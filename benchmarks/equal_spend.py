@@ -26,6 +26,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import AsyncExitStack
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -220,7 +221,9 @@ class Used:
 
 async def learn(project: Project, used: Used, has_loop: bool) -> Path:
     """All stages; the last checkpoint."""
-    async with project.teacher:
+    async with AsyncExitStack() as stack:
+        for endpoint in project.endpoints:
+            await stack.enter_async_context(endpoint)
         await yardstick.capture(project)
         for endpoint in project.endpoints:
             used.watch(endpoint)
