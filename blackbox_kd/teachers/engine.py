@@ -113,11 +113,8 @@ class Engine:
             total,
             drain_s=self._config.timeout_s,
         )
-        ask = (
-            Several(way, self.caller, self._corpus.path, self._config.address).ask
-            if way
-            else partial(self._ask, round_)
-        )
+        several = Several(way, self.caller, self._corpus.path, self._config.address) if way else None
+        ask = partial(self._ask_by, several) if several else partial(self._ask, round_)
         async with aclosing(self._answers(work, requests, ask, known)) as answers:
             async for completions in answers:
                 for completion in completions:
@@ -171,7 +168,6 @@ class Engine:
                 finally:  # whatever ends the loop, what is in flight is paid for: wait for it and keep it
                     await work.drain()
                     self._open.remove(work)
-                    self.asked += work.answered
 
     async def _produce(
         self, work: Work, requests: Iterable[Request], writer: Writer, claims: Claims, known: bool
@@ -241,6 +237,12 @@ class Engine:
             return Taken(*self._decoder.decode(reply.data, request, self._author, round_))
 
         completions = await self.caller.call(request, work, writer, read)
+        self.asked += 1
         self.missing.note(request, completions, self._decoder.odd)
         self.missing.check()
+        return completions
+
+    async def _ask_by(self, several: Several, request: Request, work: Work, writer: Writer) -> list[Completion]:
+        completions = await several.ask(request, work, writer)
+        self.asked += 1
         return completions
