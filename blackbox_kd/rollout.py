@@ -27,7 +27,7 @@ from blackbox_kd.types import (
 TOP = 20
 """Alternatives of the student's own that a rollout carries: as many as the hosted APIs show of a teacher's."""
 SAME_POLICY_NATS = 0.05
-"""Mean of a token; a server in bfloat16 comes to about 0.01."""
+"""Mean of a token over a round; as far as an endpoint's scores may be from what it wrote with (`checks.agreement`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,18 +122,18 @@ class Writer:
         )
 
     def _served(self, server: VllmConfig, todo: Sequence[tuple[Request, list[int]]]) -> dict[str, list[Completion]]:
-        student, requests = self.student, [request for request, _ in todo]
-        prompts_ids = {request.request_key: ids for request, ids in todo}
+        sizes = {request.request_key: len(prompt_ids) for request, prompt_ids in todo}
 
         def made(request: Request, ids: list[int], logprobs: list[float]) -> Completion:
-            return self._completion(request, len(prompts_ids[request.request_key]), ids, self._tokens(ids, logprobs))
+            return self._completion(request, sizes[request.request_key], ids, self._tokens(ids, logprobs))
 
-        adapter = None if self.adapter is None else (student.policy, self.adapter)
-        vllm.draw(server, adapter, prompts_ids, requests, made, student.renderer.end_id, self.corpus, self.run_id)
-        found = self.corpus.answers(list(prompts_ids))
-        if len(found) < len(requests):
+        model = server.model if self.adapter is None else f"policy-{self.student.policy}"
+        drawing = vllm.Drawing(model, todo, self.student.renderer.end_id, made)
+        vllm.draw(server, self.adapter, drawing, self.corpus, self.run_id)
+        found = self.corpus.answers(list(sizes))
+        if len(found) < len(sizes):
             raise TeacherError(
-                f"onpolicy.vllm: {len(requests) - len(found)} of {len(requests)} rollouts were not written; the same "
+                f"onpolicy.vllm: {len(sizes) - len(found)} of {len(sizes)} rollouts were not written; the same "
                 "command asks for them again"
             )
         return found

@@ -9,7 +9,7 @@ server's stands between them. https://docs.vllm.ai/en/latest/features/lora
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -41,7 +41,6 @@ class _Logprobs(msgspec.Struct):
 
 
 class _Choice(msgspec.Struct):
-    finish_reason: str | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
     logprobs: _Logprobs | None = None
@@ -57,9 +56,11 @@ _decoder = msgspec.json.Decoder(_Reply)
 class Drawing:
     """See `teachers.base.Way`: a rollout is one call of /completions, by token ids."""
 
-    def __init__(self, model: str, end_id: int, prompts_ids: Mapping[str, list[int]], made: Made) -> None:
-        """`model`: the adapter's name on the server; `prompts_ids`: request_key -> prompt."""
-        self._model, self._end_id, self._prompts_ids, self._made = model, end_id, prompts_ids, made
+    def __init__(self, model: str, todo: Sequence[tuple[Request, list[int]]], end_id: int, made: Made) -> None:
+        """`model`: the adapter's name on the server, or the base's; `todo`: requests with their prompts in tokens."""
+        self.model, self.requests = model, [request for request, _ in todo]
+        self._prompts_ids = {request.request_key: ids for request, ids in todo}
+        self._end_id, self._made = end_id, made
 
     async def calls(self, request: Request) -> list[Call]:
         """What a model ships (top_k, penalties, other end tokens) is overruled: it would be another policy's draw."""
@@ -68,7 +69,7 @@ class Drawing:
                   "stop_token_ids": [self._end_id], "logprobs": 1, "return_token_ids": True}  # fmt: skip
         if "seed" in request.body:
             asked["seed"] = draw_seed(request.body["seed"], request.body["messages"], request.sample_idx)
-        return [Call({"model": self._model, "prompt": self._prompts_ids[request.request_key], **asked}, "completions")]
+        return [Call({"model": self.model, "prompt": self._prompts_ids[request.request_key], **asked}, "completions")]
 
     def read(self, request: Request, replies: list[Reply]) -> Taken:
         """See `teachers.base.Way`.
@@ -118,32 +119,22 @@ def _ours(error: Exception) -> str:
     return str(error).replace("teacher.", "onpolicy.vllm.")
 
 
-def draw(
-    config: VllmConfig,
-    adapter: tuple[str, Path] | None,
-    prompts_ids: Mapping[str, list[int]],
-    requests: Sequence[Request],
-    made: Made,
-    end_id: int,
-    corpus: Corpus,
-    run_id: str,
-) -> None:
-    """Rollouts of an adapter (its policy and its folder), or of the base, into the corpus; it has its own event loop.
+def draw(config: VllmConfig, adapter: Path | None, drawing: Drawing, corpus: Corpus, run_id: str) -> None:
+    """Rollouts of an adapter, or of the base, into the corpus; it has its own event loop.
 
     Raises:
         TeacherError: the server does not load the adapter, or does not answer; what was drawn is kept.
         AlignmentError: see `Drawing`.
     """
-    server = endpoint(config)
-    name = config.model if adapter is None else f"policy-{adapter[0]}"
+    server, folder = endpoint(config), adapter and adapter.resolve()
 
     async def run() -> None:
-        way = Drawing(name, end_id, prompts_ids, made)
         async with (
             Engine(server, corpus, run_id, "student") as engine,
-            _loaded(await engine.transport(), name, adapter and adapter[1].resolve()),
+            _loaded(await engine.transport(), drawing.model, folder),
         ):
-            async for _ in engine.complete(requests, known=False, way=way, description="student writes (vLLM)"):
+            asked = engine.complete(drawing.requests, known=False, way=drawing, description="student writes (vLLM)")
+            async for _ in asked:
                 pass
 
     try:

@@ -13,14 +13,16 @@ import pytest
 from aiohttp import web
 
 from blackbox_kd.__main__ import main
-from blackbox_kd.config import StudentConfig, VllmConfig
-from blackbox_kd.corpus import Corpus
+from blackbox_kd.config import VllmConfig
 from blackbox_kd.errors import AlignmentError, TeacherError, TeacherRefused
 from blackbox_kd.rollout import Writer
 from blackbox_kd.student.student import Student
-from blackbox_kd.types import Prompt, SamplingParams
+from blackbox_kd.types import Prompt
 from tests.conftest import RUN_ID
 from tests.fakes import FakeAPI, error_reply, served
+from tests.test_rollout import student, writer
+
+__all__ = ["student", "writer"]  # fixtures
 
 
 class FakeVllm(FakeAPI):
@@ -51,11 +53,6 @@ class FakeVllm(FakeAPI):
         return {"choices": [choice | self.changes], "usage": {"prompt_tokens": len(prompt), "completion_tokens": 2}}
 
 
-@pytest.fixture(scope="module")
-def student(tiny_model: Path) -> Student:
-    return Student(StudentConfig(model=str(tiny_model), device="cpu", max_length=64))
-
-
 @pytest.fixture
 def vllm(student: Student) -> Iterator[FakeVllm]:
     api = FakeVllm(student)
@@ -64,27 +61,15 @@ def vllm(student: Student) -> Iterator[FakeVllm]:
 
 
 @pytest.fixture
-def writer(student: Student, corpus: Corpus, prompts: list[Prompt], vllm: FakeVllm, tmp_path: Path) -> Writer:
-    corpus.add_prompts(prompts)
-    return Writer(
-        student=student,
-        sampling=SamplingParams(max_completion_length=8),
-        purpose="rollout",
-        round=1,
-        seed=7,
-        batch_size=4,
-        corpus=corpus,
-        run_id=RUN_ID,
-        server=VllmConfig(base_url=vllm.url, model="base"),
-        adapter=tmp_path,
-    )
+def remote(writer: Writer, vllm: FakeVllm, tmp_path: Path) -> Writer:
+    return replace(writer, server=VllmConfig(base_url=vllm.url, model="base"), adapter=tmp_path)
 
 
 def test_it_draws_under_the_adapter_from_the_students_tokens(
-    writer: Writer, prompts: list[Prompt], vllm: FakeVllm, tmp_path: Path
+    remote: Writer, prompts: list[Prompt], vllm: FakeVllm, tmp_path: Path
 ) -> None:
-    found = writer.rollouts(prompts, n=2)
-    name = f"policy-{writer.student.policy}"
+    found = remote.rollouts(prompts, n=2)
+    name = f"policy-{remote.student.policy}"
     assert vllm.loads == [
         ("load_lora_adapter", {"lora_name": name, "lora_path": str(tmp_path)}),
         ("unload_lora_adapter", {"lora_name": name}),
@@ -93,41 +78,41 @@ def test_it_draws_under_the_adapter_from_the_students_tokens(
     assert sorted(body["prompt"] for body in vllm.bodies) == sorted(rollout.prompt_ids for rollout in found)
     assert {body["model"] for body in vllm.bodies} == {name}
     assert len({body["seed"] for body in vllm.bodies}) == len(found)  # a draw of its own for each
-    assert all(body["stop_token_ids"] == [writer.student.renderer.end_id] for body in vllm.bodies)
+    assert all(body["stop_token_ids"] == [remote.student.renderer.end_id] for body in vllm.bodies)
     assert {rollout.completion.text for rollout in found} == {"Yes"}
     assert {(c.author, c.policy, c.round) for c in (r.completion for r in found)} == {
-        ("student", writer.student.policy, 1)
+        ("student", remote.student.policy, 1)
     }
-    scorers = writer.corpus.rows("SELECT DISTINCT scorer FROM logprobs")
-    assert scorers == [(f"{writer.student.config.model}@{writer.student.policy}",)]
+    scorers = remote.corpus.rows("SELECT DISTINCT scorer FROM logprobs")
+    assert scorers == [(f"{remote.student.config.model}@{remote.student.policy}",)]
 
 
-def test_what_it_drew_is_read_back(writer: Writer, prompts: list[Prompt], vllm: FakeVllm) -> None:
-    first = writer.rollouts(prompts)
+def test_what_it_drew_is_read_back(remote: Writer, prompts: list[Prompt], vllm: FakeVllm) -> None:
+    first = remote.rollouts(prompts)
     asked, loads = len(vllm.bodies), len(vllm.loads)
-    again = writer.rollouts(prompts)
+    again = remote.rollouts(prompts)
     assert (len(vllm.bodies), len(vllm.loads)) == (asked, loads)
     assert [r.completion_ids for r in again] == [r.completion_ids for r in first]
 
 
-def test_without_an_adapter_the_base_draws(writer: Writer, prompts: list[Prompt], vllm: FakeVllm) -> None:
-    replace(writer, adapter=None).rollouts(prompts)
+def test_without_an_adapter_the_base_draws(remote: Writer, prompts: list[Prompt], vllm: FakeVllm) -> None:
+    replace(remote, adapter=None).rollouts(prompts)
     assert not vllm.loads
     assert {body["model"] for body in vllm.bodies} == {"base"}
 
 
-def test_the_students_own_calls_cost_nothing(writer: Writer, prompts: list[Prompt]) -> None:
-    writer.rollouts(prompts)
-    assert writer.corpus.rows("SELECT count(*) FROM attempts WHERE billed") == [(len(prompts),)]
-    assert writer.corpus.spend(RUN_ID)["calls"] == 0
-    assert writer.corpus.billed(RUN_ID).calls == writer.corpus.billed(RUN_ID).tokens == 0
-    assert writer.corpus.rows("FROM spend") == []
+def test_the_students_own_calls_cost_nothing(remote: Writer, prompts: list[Prompt]) -> None:
+    remote.rollouts(prompts)
+    assert remote.corpus.rows("SELECT count(*) FROM attempts WHERE billed") == [(len(prompts),)]
+    assert remote.corpus.spend(RUN_ID)["calls"] == 0
+    assert remote.corpus.billed(RUN_ID).calls == remote.corpus.billed(RUN_ID).tokens == 0
+    assert remote.corpus.rows("FROM spend") == []
 
 
-def test_another_adapter_on_the_server_is_found_out(writer: Writer, prompts: list[Prompt], vllm: FakeVllm) -> None:
+def test_another_adapter_on_the_server_is_found_out(remote: Writer, prompts: list[Prompt], vllm: FakeVllm) -> None:
     vllm.changes = {"logprobs": {"token_logprobs": [-0.1] * len(vllm.student.renderer.completion("Yes"))}}
     with pytest.raises(AlignmentError, match="another policy wrote them"):
-        writer.rollouts(prompts)
+        remote.rollouts(prompts)
 
 
 @pytest.mark.parametrize(
@@ -141,42 +126,42 @@ def test_another_adapter_on_the_server_is_found_out(writer: Writer, prompts: lis
     ],
 )
 def test_a_reply_that_does_not_fit_stops_the_run(
-    writer: Writer, prompts: list[Prompt], vllm: FakeVllm, changes: dict[str, Any], error: type[Exception], match: str
+    remote: Writer, prompts: list[Prompt], vllm: FakeVllm, changes: dict[str, Any], error: type[Exception], match: str
 ) -> None:
     vllm.changes = changes
     with pytest.raises(error, match=match):
-        writer.rollouts(prompts)
+        remote.rollouts(prompts)
 
 
 def test_a_server_that_does_not_load_adapters_is_one_line(
-    writer: Writer, prompts: list[Prompt], vllm: FakeVllm
+    remote: Writer, prompts: list[Prompt], vllm: FakeVllm
 ) -> None:
     vllm.refusal = 404, "Not Found"
     with pytest.raises(TeacherRefused, match="--enable-lora") as raised:
-        writer.rollouts(prompts)
+        remote.rollouts(prompts)
     assert "\n" not in str(raised.value)
     assert not vllm.bodies
 
 
-def test_an_adapter_that_is_there_already_is_used(writer: Writer, prompts: list[Prompt], vllm: FakeVllm) -> None:
+def test_an_adapter_that_is_there_already_is_used(remote: Writer, prompts: list[Prompt], vllm: FakeVllm) -> None:
     vllm.refusal = 400, "The lora adapter 'x' has already been loaded."
-    assert len(writer.rollouts(prompts)) == len(prompts)
+    assert len(remote.rollouts(prompts)) == len(prompts)
 
 
-def test_what_it_does_not_draw_is_missed(writer: Writer, prompts: list[Prompt], vllm: FakeVllm) -> None:
-    long = writer.student.renderer.prompt(prompts[0].messages)
+def test_what_it_does_not_draw_is_missed(remote: Writer, prompts: list[Prompt], vllm: FakeVllm) -> None:
+    long = remote.student.renderer.prompt(prompts[0].messages)
     vllm.handler = lambda body, r: error_reply(400, "too long") if body["prompt"] == long else vllm.draw(body, r)
     with pytest.raises(TeacherError, match=f"1 of {len(prompts)} rollouts were not written"):
-        writer.rollouts(prompts)
+        remote.rollouts(prompts)
     asked = len(vllm.bodies)
     vllm.handler = vllm.draw
-    assert len(writer.rollouts(prompts)) == len(prompts)
+    assert len(remote.rollouts(prompts)) == len(prompts)
     assert len(vllm.bodies) == asked + 1  # and nothing else is drawn again
 
 
-def test_status_goes_on_showing_what_is_billed(writer: Writer, prompts: list[Prompt]) -> None:
-    writer.rollouts(prompts)
-    assert not list(writer.corpus.journal.glob("*.status.json"))
+def test_status_goes_on_showing_what_is_billed(remote: Writer, prompts: list[Prompt]) -> None:
+    remote.rollouts(prompts)
+    assert not list(remote.corpus.journal.glob("*.status.json"))
 
 
 @pytest.mark.parametrize(
