@@ -47,8 +47,7 @@ class Check(NamedTuple):
 CHECKS = [
     Check(
         "in flight at a kill", "note",
-        "SELECT count(*) FROM attempts JOIN requests USING (request_key) "
-        "WHERE billed IS NULL AND purpose <> 'rollout' HAVING count(*) > 0",
+        "SELECT count(*) FROM calls WHERE billed IS NULL HAVING count(*) > 0",
         "{} calls of which nobody knows whether they were billed",
         "compare the provider's bill; budgets count them at their worst case",
     ),

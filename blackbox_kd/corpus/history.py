@@ -32,11 +32,10 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _RECENT = f"""WITH recent AS (
-    SELECT r.purpose, a.prompt_tokens, a.completion_tokens, a.latency_s,
-           strlen((r.body->'messages')::VARCHAR) AS bytes, epoch(a.attempted_at) + a.latency_s AS answered_at
-    FROM attempts a JOIN requests r USING (request_key)
-    WHERE r.model = ? AND r.purpose <> 'rollout' AND a.status = 200 AND a.error IS NULL AND a.completion_tokens > 0
-    ORDER BY a.attempted_at DESC LIMIT {RECENT})"""
+    SELECT purpose, prompt_tokens, completion_tokens, latency_s,
+           strlen((body->'messages')::VARCHAR) AS bytes, epoch(attempted_at) + latency_s AS answered_at
+    FROM calls WHERE model = ? AND status = 200 AND error IS NULL AND completion_tokens > 0
+    ORDER BY attempted_at DESC LIMIT {RECENT})"""
 
 _BY_PURPOSE = f"""{_RECENT} SELECT purpose, count(*), avg(prompt_tokens), avg(completion_tokens),
     sum(prompt_tokens), sum(bytes) FROM recent GROUP BY purpose"""

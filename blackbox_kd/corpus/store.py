@@ -260,8 +260,7 @@ class Corpus:
             """SELECT count(*) FILTER (billed), coalesce(sum(prompt_tokens), 0)::BIGINT,
                       coalesce(sum(completion_tokens), 0)::BIGINT, coalesce(sum(cost_usd), 0),
                       count(*) FILTER (billed AND cost_usd IS NULL), count(*) FILTER (billed IS NULL)
-               FROM attempts LEFT JOIN requests USING (request_key)
-               WHERE run_id = ?::UUID AND purpose IS DISTINCT FROM 'rollout'""",
+               FROM calls WHERE run_id = ?::UUID""",
             [run_id],
         )[0]
         return {"calls": calls, "prompt_tokens": prompt, "completion_tokens": completion,
@@ -274,14 +273,11 @@ class Corpus:
                       count(*), coalesce(sum(prompt_tokens) FILTER (cost_usd IS NULL), 0)::BIGINT,
                       coalesce(sum(cached_tokens) FILTER (cost_usd IS NULL), 0)::BIGINT,
                       coalesce(sum(completion_tokens) FILTER (cost_usd IS NULL), 0)::BIGINT
-               FROM attempts LEFT JOIN requests USING (request_key)
-               WHERE run_id = ?::UUID AND purpose IS DISTINCT FROM 'rollout'
-               AND billed AND prompt_tokens + completion_tokens > 0""",
+               FROM calls WHERE run_id = ?::UUID AND billed AND prompt_tokens + completion_tokens > 0""",
             [run_id],
         )
         uncertain = self.rows(
-            """SELECT body FROM attempts JOIN requests USING (request_key)
-               WHERE run_id = ?::UUID AND purpose <> 'rollout'
+            """SELECT body FROM calls WHERE run_id = ?::UUID AND body IS NOT NULL
                AND (billed IS NULL OR (billed AND prompt_tokens + completion_tokens = 0))""",
             [run_id],
         )

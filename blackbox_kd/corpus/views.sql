@@ -46,14 +46,19 @@ JOIN completions s ON s.completion_id = f.completion_id
 JOIN completions t ON t.completion_id = f.target_completion_id
 JOIN prompts p ON p.prompt_id = s.prompt_id;
 
--- What each run was billed for, so nothing of its student; `unknown` was in flight when a process or a connection died.
+-- Calls that somebody may send a bill for: all but those to a server of the student's own.
+CREATE OR REPLACE VIEW calls AS
+SELECT a.*, r.purpose, r.model, r.body
+FROM attempts a LEFT JOIN requests r USING (request_key)
+WHERE r.purpose IS DISTINCT FROM 'rollout';
+
+-- What each run was billed for; `unknown` was in flight when a process or a connection died.
 CREATE OR REPLACE VIEW spend AS
-SELECT a.run_id, r.purpose, r.model, count(*) AS calls, count(*) FILTER (a.billed) AS billed,
-       count(*) FILTER (a.billed IS NULL) AS unknown, count(*) FILTER (a.status = 429) AS rate_limited,
-       sum(a.prompt_tokens)::BIGINT AS prompt_tokens, sum(a.completion_tokens)::BIGINT AS completion_tokens,
-       sum(a.cost_usd) AS cost_usd
-FROM attempts a JOIN requests r USING (request_key)
-WHERE r.purpose <> 'rollout'
+SELECT run_id, purpose, model, count(*) AS calls, count(*) FILTER (c.billed) AS billed,
+       count(*) FILTER (c.billed IS NULL) AS unknown, count(*) FILTER (status = 429) AS rate_limited,
+       sum(c.prompt_tokens)::BIGINT AS prompt_tokens, sum(c.completion_tokens)::BIGINT AS completion_tokens,
+       sum(c.cost_usd) AS cost_usd
+FROM calls c
 GROUP BY ALL;
 
 -- One row a token.
