@@ -23,9 +23,12 @@ from typing import IO, Any
 
 from blackbox_kd.config import dump_config
 from blackbox_kd.errors import ConfigError
+from blackbox_kd.hashing import content_id, file_hash
 
 SETTINGS_FILE = "settings.json"
 """In each checkpoint: the sections of the config that made it."""
+ADAPTER_FILE = "adapter_model.safetensors"
+"""In each checkpoint: its weights, as PEFT names them."""
 
 
 class RunDir:
@@ -128,6 +131,11 @@ def round_of(checkpoint: str) -> int:
     if checkpoint.startswith("round-"):
         return int(checkpoint.removeprefix("round-"))
     return {"base": -1, "sft": 0}[checkpoint]
+
+
+def policy_of(base: str, adapter: Path | None) -> str:
+    """Hash of the base's hash and of an adapter on it, `base:HASH` without one; the names of both are not in it."""
+    return f"base:{base}" if adapter is None else content_id([base, file_hash(adapter / ADAPTER_FILE)])
 
 
 def write_atomically(path: Path, text: str) -> None:

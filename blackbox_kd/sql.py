@@ -36,10 +36,19 @@ def corpus_of(flag: Path | None) -> Path:
     """
     if flag is not None:
         return flag
+    return Path(yaml.safe_load((last_run("a corpus with --corpus FILE") / "config.yaml").read_text("utf-8"))["corpus"])
+
+
+def last_run(otherwise: str) -> Path:
+    """The directory of the run below ./runs that was started last.
+
+    Raises:
+        ConfigError: there is none; it says that one can name `otherwise`.
+    """
     configs = sorted(Path("runs").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
     if not configs:
-        raise ConfigError(f"no run below {Path('runs').absolute()}: name a corpus with --corpus FILE")
-    return Path(yaml.safe_load(configs[-1].read_text("utf-8"))["corpus"])
+        raise ConfigError(f"no run below {Path('runs').absolute()}: name {otherwise}")
+    return configs[-1].parent
 
 
 def show(columns: list[str], rows: list[tuple[Any, ...]]) -> None:

@@ -18,14 +18,13 @@ from transformers.pytorch_utils import Conv1D
 from blackbox_kd.align import SoftLabels
 from blackbox_kd.config import LoraSection, StudentConfig
 from blackbox_kd.errors import AlignmentError, ModelError
-from blackbox_kd.hashing import content_id, file_hash
 from blackbox_kd.losses import divergence, token_logprobs
 from blackbox_kd.progress import counting
+from blackbox_kd.run_dir import policy_of
 from blackbox_kd.student.load import base_id, end_ids, load_base
 from blackbox_kd.student.render import IGNORE, Rendered, Renderer
 from blackbox_kd.types import SamplingParams, TopK
 
-ADAPTER_FILE = "adapter_model.safetensors"
 OWN_ADAPTER, OTHER_ADAPTER = "default", "other"
 """PEFT's names of the adapter that learns, and of one that is only looked at."""
 
@@ -67,9 +66,7 @@ class Student:
 
     def policy_of(self, adapter: Path | None) -> str:
         """Hash of the base and of an adapter on it, `base:HASH` without one; the names of both are not in it."""
-        if adapter is None:
-            return f"base:{self._base_id}"
-        return content_id([self._base_id, file_hash(adapter / ADAPTER_FILE)])
+        return policy_of(self._base_id, adapter)
 
     @contextmanager
     def under(self, adapter: Path | None) -> Iterator[None]:

@@ -1,0 +1,138 @@
+"""What a corpus holds of one run, for `report`: read-only, in one connection, and nothing of the other runs in it.
+
+What a run was billed, wrote and logged carries its run_id. The teacher's answers are found by what was asked (its model
+and private prompt), since another run on the corpus may have paid for them; the student's, by its policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from blackbox_kd.corpus.connection import READ_WAIT_S, connect
+from blackbox_kd.errors import ConfigError
+
+Row = dict[str, Any]
+Ask = Callable[..., list[Row]]
+"""`ask(name, **parameters)`: the rows of one of the questions below."""
+
+BUCKETS = 160
+"""Moments of a timeline, however many calls there were."""
+LATER_TABLES = {"curation"}
+"""A corpus that an earlier version made may lack them; a reader adds nothing."""
+DRAFTS = 6
+"""The student's drafts that are shown, those of which it was least sure."""
+
+_TABLE = "SELECT 1 FROM duckdb_tables() WHERE table_name = ?"
+
+_BILLABLE = """SELECT a.*, coalesce(r.purpose, 'unknown') AS purpose, epoch(a.attempted_at) AS at_s
+    FROM attempts a LEFT JOIN requests r USING (request_key)
+    WHERE a.run_id = $run_id::UUID AND r.purpose IS DISTINCT FROM 'rollout'"""
+
+_TEACHER = """c.author = 'teacher' AND r.model = run.model AND r.context_hash IS NOT DISTINCT FROM run.context_hash"""
+
+_RUN = "WITH run AS (SELECT * FROM runs WHERE run_id = $run_id::UUID)"
+
+QUESTIONS = {
+    "run": f"""{_RUN} SELECT run_id::VARCHAR AS run_id, run_dir, config, model, context_hash::VARCHAR AS context_hash,
+        version FROM run""",
+    "metrics": """SELECT stage, checkpoint, round, step, split, name, value, lo, hi, set_id, epoch(logged_at) AS at_s
+        FROM metrics WHERE run_id = $run_id::UUID
+        ORDER BY stage, round, checkpoint, step, split, name, at_s, set_id""",
+    "prompts": f"""{_RUN} SELECT p.split, count(DISTINCT p.prompt_id) AS prompts
+        FROM run, prompts p JOIN completions c USING (prompt_id) JOIN requests r USING (request_key)
+        WHERE r.purpose <> 'probe' AND (c.run_id = run.run_id OR ({_TEACHER} AND r.purpose IN ('sample', 'evaluate')))
+        GROUP BY ALL""",
+    # `rows`: whole answers; of `sample`, to train prompts: what the sequence-level stage can learn
+    "answers": f"""{_RUN} SELECT r.purpose, count(*) AS answers, count(*) FILTER (c.run_id = run.run_id) AS own,
+            count(*) FILTER (whole) AS rows, count(*) FILTER (whole AND c.run_id = run.run_id) AS own_rows,
+            sum(c.completion_tokens)::BIGINT AS completion_tokens
+        FROM run, (SELECT *, finish_reason = 'stop' AND regexp_matches(text, '\\S') AS whole FROM completions) c
+        JOIN requests r USING (request_key)
+        WHERE {_TEACHER} AND r.purpose IN ('sample', 'evaluate')
+        GROUP BY ALL ORDER BY ALL""",
+    "spend": f"""WITH billable AS ({_BILLABLE})
+        SELECT purpose, count(*) AS calls, count(*) FILTER (billed) AS billed, count(*) FILTER (billed IS NULL) AS lost,
+            count(*) FILTER (status = 429) AS rate_limited,
+            sum(prompt_tokens)::BIGINT AS prompt_tokens, sum(completion_tokens)::BIGINT AS completion_tokens,
+            sum(cached_tokens)::BIGINT AS cached_tokens,
+            sum(cost_usd) AS cost_usd, count(*) FILTER (billed AND cost_usd IS NULL) AS unpriced
+        FROM billable GROUP BY ALL ORDER BY min(at_s), purpose""",
+    # seconds from the first call to the end of a bucket, and what was billed in it
+    "timeline": f"""WITH billable AS ({_BILLABLE}), span AS (SELECT min(at_s) AS t0, max(at_s) - min(at_s) AS s
+        FROM billable)
+        SELECT purpose, bucket * s / {BUCKETS} AS at_s, sum(prompt_tokens + completion_tokens)::BIGINT AS tokens,
+            sum(cost_usd) AS cost_usd
+        FROM (SELECT b.*, s, ceil(({BUCKETS} * (at_s - t0)) / greatest(s, 1e-9)) AS bucket FROM billable b, span)
+        GROUP BY ALL ORDER BY ALL""",
+    "rollouts": """SELECT c.round, count(*) AS rollouts, sum(c.completion_tokens)::BIGINT AS completion_tokens
+        FROM completions c JOIN requests r USING (request_key)
+        WHERE c.author = 'student' AND r.purpose = 'rollout' AND (c.run_id = $run_id::UUID
+            OR c.completion_id IN (SELECT completion_id FROM feedback WHERE run_id = $run_id::UUID))
+        GROUP BY ALL ORDER BY ALL""",
+    "feedback": """SELECT f.round, f.kind, count(*) AS said, count(DISTINCT f.completion_id) AS drafts,
+            avg(f.value) AS mean_value,
+            avg((trim(better.text) = trim(draft.text))::INTEGER) AS unchanged
+        FROM feedback f JOIN completions draft ON draft.completion_id = f.completion_id
+        LEFT JOIN completions better ON better.completion_id = f.target_completion_id
+        WHERE f.run_id = $run_id::UUID GROUP BY ALL ORDER BY ALL""",
+    "drafts": f"""SELECT draft.completion_id::VARCHAR AS completion_id, any_value(p.messages) AS messages,
+            any_value(f.round) AS round, any_value(draft.text) AS text, min(better.text) AS better,
+            avg(f.value) AS value, string_agg(DISTINCT f.kind, ', ' ORDER BY f.kind) AS kinds
+        FROM feedback f JOIN completions draft ON draft.completion_id = f.completion_id
+        JOIN prompts p ON p.prompt_id = draft.prompt_id
+        LEFT JOIN completions better ON better.completion_id = f.target_completion_id
+        LEFT JOIN logprobs l ON l.completion_id = draft.completion_id AND l.scorer = draft.model || '@' || draft.policy
+        WHERE f.run_id = $run_id::UUID
+          AND f.round = (SELECT max(round) FROM feedback WHERE run_id = $run_id::UUID)
+        GROUP BY draft.completion_id
+        ORDER BY min(list_avg(l.token_logprobs)) NULLS LAST, draft.completion_id LIMIT {DRAFTS}""",
+    "bases": """SELECT DISTINCT policy FROM completions
+        WHERE author = 'student' AND model = $model AND starts_with(policy, 'base:') ORDER BY policy""",
+    # later answers of one author come last
+    "heldout": f"""{_RUN} SELECT c.completion_id::VARCHAR AS completion_id, c.prompt_id::VARCHAR AS prompt_id,
+            p.messages, c.author, c.policy, (r.body->>'temperature')::DOUBLE AS temperature, c.text, c.finish_reason
+        FROM run, completions c JOIN requests r USING (request_key) JOIN prompts p ON p.prompt_id = c.prompt_id
+        WHERE r.purpose = 'evaluate' AND p.split = 'heldout' AND c.choice_idx = 0
+          AND (({_TEACHER}) OR (c.author = 'student' AND c.policy IN (SELECT unnest($policies::VARCHAR[]))))
+        ORDER BY c.created_at, c.completion_id""",
+    # by the writer itself, in the order of the text
+    "tokens": """SELECT t.completion_id::VARCHAR AS completion_id, coalesce(t.token, '') AS token, t.logprob
+        FROM token_logprobs t JOIN completions c USING (completion_id) JOIN requests r USING (request_key)
+        WHERE t.completion_id IN (SELECT unnest($ids::UUID[]))
+          AND t.scorer = c.model || '@' || coalesce(c.policy, r.context_hash::VARCHAR, 'bare')
+        ORDER BY t.completion_id, t.position""",
+    "dead_letters": """SELECT error, count(*) AS requests FROM dead_letters WHERE run_id = $run_id::UUID
+        GROUP BY ALL ORDER BY requests DESC, error""",
+    "curation": """SELECT reason, action, count(DISTINCT completion_id) AS answers FROM curation
+        WHERE run_id = $run_id::UUID GROUP BY ALL ORDER BY ALL""",
+}
+
+
+@contextmanager
+def reading(path: Path, run_id: str) -> Iterator[Ask]:
+    """Ask about a run of a corpus until the end of the block.
+
+    Raises:
+        ConfigError: the corpus knows no such run.
+        CorpusError: see `connect`.
+    """
+    with connect(path, read_only=True, wait_s=READ_WAIT_S) as con:
+        ask = partial(_ask, con, run_id)
+        if not ask("run"):
+            raise ConfigError(f"{path} knows no run {run_id}: name its corpus with --corpus")
+        yield ask
+
+
+def _ask(con: duckdb.DuckDBPyConnection, run_id: str, name: str, **given: Any) -> list[Row]:
+    sql = QUESTIONS[name]
+    if name in LATER_TABLES and not con.execute(_TABLE, [name]).fetchall():
+        return []
+    con.execute(sql, given | ({"run_id": run_id} if "$run_id" in sql else {}))
+    names = [column[0] for column in con.description or []]
+    return [dict(zip(names, row, strict=True)) for row in con.fetchall()]
