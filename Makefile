@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 VLLM   := .venv-vllm
 
-.PHONY: setup quickstart test test-fast test-vllm lint bench bench-collect bench-losses bench-true-kl bench-pipeline clean
+.PHONY: setup browser quickstart test test-fast test-vllm lint bench bench-collect bench-losses bench-true-kl bench-pipeline clean
 
 setup: $(STAMP)
 
@@ -29,11 +29,19 @@ lint: setup
 	$(BIN)/ruff format --check blackbox_kd tests benchmarks
 	$(BIN)/mypy
 
+# the report is looked at in Debian's Chromium; where there is neither it nor apt-get, any Chromium or Chrome will do
+browser:
+	@for name in chromium chromium-browser google-chrome; do if command -v $$name >/dev/null; then exit 0; fi; done; \
+	if [ "$$(id -u)" = 0 ]; then as_root=; else as_root="sudo -n"; fi; \
+	echo "installing chromium, which the tests of the report need"; \
+	{ $$as_root apt-get update -qq && $$as_root apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
+	{ echo "cannot install it: put chromium, chromium-browser or google-chrome on the path"; exit 1; }
+
 # lint, then everything, with the real teacher and the real student; two files at a time
-test: lint
+test: lint browser
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=15
 
-# without real models and servers
+# without real models, servers and browsers
 test-fast: setup
 	$(BIN)/python -m pytest -q -m "not slow and not vllm"
 

@@ -17,6 +17,7 @@ COMMANDS = {
         "the student writes, the teacher relabels, the student is updated on its own samples",
     ),
     "evaluate": ("evaluate", "base, sft and each round on held-out, out-of-domain and hold-back prompts"),
+    "report": ("report", "a run as one self-contained HTML page"),
     "sql": ("sql", 'ask the corpus: sql "select ..."'),
     "show": ("show", "one question with its answers, as a person reads them: show ID, --last N, --prompt TEXT"),
     "status": ("status", "what a run does right now, has done and spent"),

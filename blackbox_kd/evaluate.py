@@ -81,7 +81,7 @@ def answered(
         corpus=project.corpus,
         run_id=project.run_id,
     )
-    answers = writer.answers([a.prompt for a in fixed.answers] + project.prompts[HOLDBACK])
+    answers = writer.answers([a.prompt for a in fixed.answers] + project.prompts[HOLDBACK], scored=True)
     if name == "base":
         reference |= {p.prompt_id: c.text.strip() for p, c in answers if p.split == HOLDBACK}
     targets |= reference

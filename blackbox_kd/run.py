@@ -1,4 +1,4 @@
-"""`run`: the main job in order. sample -> fixed set -> sft -> onpolicy -> evaluate.
+"""`run`: the main job in order. sample -> fixed set -> sft -> onpolicy -> evaluate -> report.
 
     blackbox-kd run --config quickstart
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from blackbox_kd import evaluate, onpolicy, probe, sample, sft, yardstick
+from blackbox_kd import evaluate, onpolicy, probe, report, sample, sft, yardstick
 from blackbox_kd.command import stage_main
 from blackbox_kd.lane import Lane
 from blackbox_kd.progress import say
@@ -29,7 +29,10 @@ async def run(project: Project) -> dict[str, Any]:
     await yardstick.capture(project)
     await sft.run(project)
     await onpolicy.run(project)
-    summary = await evaluate.run(project)
+    try:
+        summary = await evaluate.run(project)
+    finally:  # also where a gate fails: then there is something to look at
+        report.write(project.run_dir.path, project.corpus.path)
     if engine.asked == 0:
         say("the teacher was asked nothing: every answer was in the corpus already")
     return summary
@@ -61,6 +64,7 @@ spent      {spend["calls"]} calls, {tokens}, {cost}
 this time  {project.teacher.engine.asked} asked, {project.teacher.engine.cached} answered from the corpus
 run        {directory}  (config.yaml, metrics.jsonl, summary.json, checkpoints/)
 corpus     {corpus}
+report     {directory / report.PAGE}
 next       blackbox-kd sql "select author, round, count(*) from completions group by all order by all"
            blackbox-kd sql "select messages, rejected, chosen from pairs limit 5"
            blackbox-kd status

@@ -64,6 +64,12 @@ def test_run_goes_from_prompts_to_a_table(project_file: Path, capsys: pytest.Cap
                       ("teacher", 1, 3), ("teacher", 2, 3)]  # fmt: skip
     assert not same(adapter(project_file, "sft"), adapter(project_file, "round-1"))
     assert not same(adapter(project_file, "round-1"), adapter(project_file, "round-2"))
+    page = (run_dir / "report.html").read_text("utf-8")
+    assert str(run_dir / "report.html") in shown.out
+    assert "its teacher than sft" in page
+    assert "Not finished" not in page
+    assert page.count('<article class="example">') == 4 + 3  # heldout prompts, drafts of the last round
+    assert 'nats">' in page
     logged = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert {row["stage"] for row in logged} == {"sft", "onpolicy", "evaluate"}
 

@@ -66,8 +66,8 @@ QUESTIONS = {
     # seconds from the first call to the end of a bucket, and what was billed in it
     "timeline": f"""WITH billable AS ({_BILLABLE}), span AS (SELECT min(at_s) AS t0, max(at_s) - min(at_s) AS s
         FROM billable)
-        SELECT purpose, bucket * s / {BUCKETS} AS at_s, sum(prompt_tokens + completion_tokens)::BIGINT AS tokens,
-            sum(cost_usd) AS cost_usd
+        SELECT purpose, round(bucket * s / {BUCKETS}, 6) AS at_s,
+            sum(prompt_tokens + completion_tokens)::BIGINT AS tokens, sum(cost_usd) AS cost_usd
         FROM (SELECT b.*, s, ceil(({BUCKETS} * (at_s - t0)) / greatest(s, 1e-9)) AS bucket FROM billable b, span)
         GROUP BY ALL ORDER BY ALL""",
     "rollouts": """SELECT c.round, count(*) AS rollouts, sum(c.completion_tokens)::BIGINT AS completion_tokens
@@ -101,11 +101,15 @@ QUESTIONS = {
         WHERE r.purpose = 'evaluate' AND p.split = 'heldout' AND c.choice_idx = 0
           AND (({_TEACHER}) OR (c.author = 'student' AND c.policy IN (SELECT unnest($policies::VARCHAR[]))))
         ORDER BY c.created_at, c.completion_id""",
-    # by the writer itself, in the order of the text
-    "tokens": """SELECT t.completion_id::VARCHAR AS completion_id, coalesce(t.token, '') AS token, t.logprob
-        FROM token_logprobs t JOIN completions c USING (completion_id) JOIN requests r USING (request_key)
-        WHERE t.completion_id IN (SELECT unnest($ids::UUID[]))
-          AND t.scorer = c.model || '@' || coalesce(c.policy, r.context_hash::VARCHAR, 'bare')
+    # by the writer itself, in the order of the text, of each text the first $most; lists are unnested beside each other,
+    # since the view `token_logprobs` copies a whole list for each of its tokens
+    "tokens": """SELECT t.completion_id, coalesce(v.text, '') AS token, t.logprob
+        FROM (SELECT c.completion_id::VARCHAR AS completion_id, c.model, unnest(l.token_ids[:$most]) AS token_id,
+                unnest(l.token_logprobs[:$most]) AS logprob, generate_subscripts(l.token_ids[:$most], 1) AS position
+            FROM logprobs l JOIN completions c USING (completion_id) JOIN requests r USING (request_key)
+            WHERE l.completion_id IN (SELECT unnest($ids::UUID[]))
+              AND l.scorer = c.model || '@' || coalesce(c.policy, r.context_hash::VARCHAR, 'bare')) t
+        LEFT JOIN vocab v ON v.model = t.model AND v.token_id = t.token_id
         ORDER BY t.completion_id, t.position""",
     "dead_letters": """SELECT error, count(*) AS requests FROM dead_letters WHERE run_id = $run_id::UUID
         GROUP BY ALL ORDER BY requests DESC, error""",

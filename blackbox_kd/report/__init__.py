@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -25,9 +26,9 @@ from blackbox_kd.sql import last_run
 
 PAGE = "report.html"
 MOST_BYTES = 2_000_000
-"""Of a page; longer texts are cut until it fits."""
+"""Of a page."""
 TEXT_LIMITS = (2000, 800, 300, 100)
-"""Characters of an example that are shown, the first that makes a page small enough."""
+"""Characters of a text that are shown; the first of these that makes a page small enough counts."""
 
 
 def write(run_dir: Path, corpus: Path | None = None) -> Path:
@@ -43,12 +44,18 @@ def write(run_dir: Path, corpus: Path | None = None) -> Path:
     except FileNotFoundError as error:
         lacks = Path(error.filename).name
         raise ConfigError(f"no run in {run_dir}: it has no {lacks}; name one with --run_dir") from error
-    for limit in TEXT_LIMITS:
-        page = render(gather(run_dir, run_id, corpus or named, limit))
-        if len(page.encode()) < MOST_BYTES:
-            break
+    page = fitted(lambda limit: render(gather(run_dir, run_id, corpus or named, limit)))
     write_atomically(run_dir / PAGE, page)
     return run_dir / PAGE
+
+
+def fitted(cut: Callable[[int], str], most: int = MOST_BYTES) -> str:
+    """The page with the longest texts that is small enough; with the shortest ones where none is."""
+    for limit in TEXT_LIMITS:
+        page = cut(limit)
+        if len(page.encode()) < most:
+            break
+    return page
 
 
 def main(argv: list[str] | None = None) -> int:

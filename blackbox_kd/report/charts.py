@@ -13,7 +13,7 @@ from typing import NamedTuple
 from blackbox_kd.report.words import number
 
 WIDTH, HEIGHT = 420, 250
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 22, 30
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 22, 30
 """Margins, in units of the SVG."""
 MOST_POINTS = 240
 """Of a line: about two a pixel of a phone."""

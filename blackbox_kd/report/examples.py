@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from blackbox_kd.corpus.run_rows import Ask, Row
 from blackbox_kd.evaluate import chrf
 from blackbox_kd.report.tokens import Piece, pieces
+from blackbox_kd.report.words import signed
 
 EACH = 4
 """Prompts that gained most, that are in the middle, and that gained least."""
@@ -65,7 +66,7 @@ def messages(stored: str) -> list[dict[str, str]]:
 
 
 def chosen(found: Answers, before: str, last: str) -> list[tuple[str, str]]:
-    """(prompt_id, why): those whose answer came nearer to the teacher's from `before` to `last`, and those that did not.
+    """(prompt_id, why): prompts whose answer came nearer to the teacher's from `before` to `last`, and others.
 
     By chrF of the greedy answers; equal ones by prompt_id. The first EACH, the middle and the last, without repeats.
     """
@@ -80,7 +81,7 @@ def chosen(found: Answers, before: str, last: str) -> list[tuple[str, str]]:
         "in the middle": gains[middle : middle + EACH],
         "gained least": gains[max(middle + EACH, len(gains) - EACH) :],
     }
-    return [(prompt_id, f"{why}: {-loss:+.1f} chrf") for why, part in parts.items() for loss, prompt_id in part]
+    return [(prompt_id, f"{why}: {signed(-loss)} chrf") for why, part in parts.items() for loss, prompt_id in part]
 
 
 def _likeness(row: Mapping[str, Row], writer: str) -> float:
@@ -94,7 +95,9 @@ def side_by_side(ask: Ask, found: Answers, writers: Sequence[str], limit: int) -
     before, last = "sft" if "sft" in writers[:-1] else writers[0], writers[-1]
     picked = chosen(found, before, last)
     shown = [TEACHER, *writers, DRAWN]
-    tokens = spelt(ask, [found.rows[p][w]["completion_id"] for p, _ in picked for w in shown if w in found.rows[p]])
+    tokens = spelt(
+        ask, [found.rows[p][w]["completion_id"] for p, _ in picked for w in shown if w in found.rows[p]], limit
+    )
     return [
         Example(
             [m | {"content": m["content"][:limit]} for m in found.prompts[prompt_id]],
@@ -116,10 +119,13 @@ def _answer(writer: str, row: Mapping[str, Row], tokens: Mapping[str, Tokens], l
 Tokens = list[tuple[str, float | None]]
 
 
-def spelt(ask: Ask, ids: Sequence[str]) -> dict[str, Tokens]:
-    """completion_id -> its tokens with their logprobs by the one who wrote it, where the corpus has them."""
+def spelt(ask: Ask, ids: Sequence[str], limit: int) -> dict[str, Tokens]:
+    """completion_id -> its tokens with their logprobs by the one who wrote it, where the corpus has them.
+
+    As many as spell `limit` characters, which are of up to four bytes.
+    """
     found: dict[str, Tokens] = {}
-    for row in ask("tokens", ids=list(ids)):
+    for row in ask("tokens", ids=list(ids), most=4 * limit):
         found.setdefault(row["completion_id"], []).append((row["token"], row["logprob"]))
     return found
 
@@ -138,7 +144,7 @@ def text(name: str, note: str, whole: str, tokens: Tokens, limit: int) -> Text:
 def corrected(ask: Ask, limit: int) -> list[Example]:
     """The least sure drafts of the last round that had feedback."""
     rows = ask("drafts")
-    tokens = spelt(ask, [row["completion_id"] for row in rows])
+    tokens = spelt(ask, [row["completion_id"] for row in rows], limit)
     found = []
     for row in rows:
         said = "" if row["value"] is None else f", mean value {row['value']:.3g}"

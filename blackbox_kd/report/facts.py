@@ -49,6 +49,8 @@ class Facts:
     yardstick: list[Table]
     """About the fixed set itself, and by decile."""
     tasks: Table | None
+    terms: list[tuple[str, str]]
+    """The columns of these tables with what they mean."""
     spend: list[Spent]
     spend_in_all: Spent
     spend_charts: list[Chart]
@@ -102,8 +104,8 @@ def _progress(ask: Ask, metrics: list[Row]) -> dict[str, Any]:
         "stations": loop.stations(ask("prompts"), given, rollouts, feedback, metrics),
         "spend": by_stage,
         "spend_in_all": in_all,
-        "spend_charts": spend.over_time(ask("timeline"), priced=in_all.cost_usd is not None),
-        "shared": [f"{row['answers'] - row['own']} of {row['answers']} answers of `{row['purpose']}`"
+        "spend_charts": spend.over_time(ask("timeline"), priced=bool(in_all.cost_usd)),
+        "shared": [f"{row['answers'] - row['own']} of {row['answers']} answers of {row['purpose']}"
                    for row in given if row["own"] < row["answers"]],
         "health": tables.by_round(metrics, _counted(rollouts, feedback)),
     }  # fmt: skip
@@ -124,18 +126,24 @@ def _measured(evaluated: list[Row], metrics: list[Row], set_id: str | None) -> d
     by = next((name for name in VERDICT_BY if tables.measured(evaluated, "heldout", name)), None)
     numbers = tables.measured(evaluated, "heldout", by) if by else {}
     splits = [(split, *tables.names_of(evaluated, split)) for split in tables.SPLITS]
-    by_split = [tables.by_checkpoint(evaluated, split, names) for split, names, _ in splits]
-    yardstick = [tables.by_checkpoint(evaluated, split, rest) for split, _, rest in splits]
+    by_split = [t for split, names, _ in splits if (t := tables.by_checkpoint(evaluated, split, names))]
+    yardstick = [t for split, _, rest in splits if (t := tables.by_checkpoint(evaluated, split, rest))]
     return {
         "verdict": words.verdict(by or "", numbers),
         "verdict_by": by,
-        "measured": [(name, words.number(row["value"]), words.interval(row)) for name, row in numbers.items()],
+        "measured": _ends([(name, words.number(row["value"]), words.interval(row)) for name, row in numbers.items()]),
         "step_charts": tables.step_charts(metrics, set_id),
         "checkpoint_charts": tables.checkpoint_charts(evaluated, CHARTED),
-        "by_split": [table for table in by_split if table],
-        "yardstick": [table for table in yardstick if table],
+        "by_split": by_split,
+        "yardstick": yardstick,
+        "terms": list(dict.fromkeys(column for t in by_split + yardstick for column in t.columns if column[1])),
         "tasks": tables.by_checkpoint(evaluated, "holdback", tables.tasks(evaluated)),
     }
+
+
+def _ends(numbers: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """The first two and the last three; what is between them is in the tables."""
+    return numbers if len(numbers) <= 6 else [*numbers[:2], ("", "\u2026", ""), *numbers[-3:]]
 
 
 def _gates(run_dir: Path) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from blackbox_kd.corpus.run_rows import Row
-from blackbox_kd.report.tables import SPLITS, in_order, stages
+from blackbox_kd.report.tables import SPLITS, stages
 from blackbox_kd.report.words import joined, number
 
 
@@ -27,7 +27,8 @@ def stations(
 ) -> list[Station]:
     """Those that have been begun."""
     counts = {row["split"]: row["prompts"] for row in prompts}
-    splits = [f"{number(counts[split])} {name}" for split, name in {"train": "train", **SPLITS}.items() if split in counts]
+    named = {"train": "train", **SPLITS}
+    splits = [f"{number(counts[split])} {name}" for split, name in named.items() if split in counts]
     sampled = next((row for row in answers if row["purpose"] == "sample"), None)
     found = [Station("prompts", splits or ["none has an answer yet"])]
     if sampled:
@@ -39,9 +40,9 @@ def stations(
         found.append(Station(f"round {round_}", _round(round_, rollouts, feedback, metrics), again=True))
     evaluated = [row for row in metrics if row["stage"] == "evaluate"]
     if evaluated:
-        named = in_order(row["checkpoint"] for row in evaluated if row["checkpoint"] != "teacher")
+        measured = {row["checkpoint"] for row in evaluated} - {"teacher"}
         over = [name for split, name in SPLITS.items() if any(row["split"] == split for row in evaluated)]
-        found.append(Station("evaluate", [f"{len(named)} checkpoints", f"on {joined(over)} prompts"]))
+        found.append(Station("evaluate", [f"{len(measured)} checkpoints", f"on {joined(over)} prompts"]))
     return found
 
 
@@ -53,7 +54,7 @@ def _round(round_: int, rollouts: Sequence[Row], feedback: Sequence[Row], metric
     wrote = sum(row["rollouts"] for row in rollouts if row["round"] == round_)
     lines = [f"{number(wrote)} texts by the student"] if wrote else []
     for row in [row for row in feedback if row["round"] == round_]:
-        what = f"{number(row['said'])} × {row['kind']}"
+        what = f"{row['kind']}: {number(row['said'])}"
         lines.append(what if row["unchanged"] is None else f"{what}, {row['unchanged']:.0%} unchanged")
     return lines + _steps(metrics, f"round-{round_}")
 

@@ -8,7 +8,7 @@ from importlib import resources
 import jinja2
 from markupsafe import Markup
 
-from blackbox_kd.report import charts, words
+from blackbox_kd.report import charts, spend, words
 from blackbox_kd.report.facts import Facts
 from blackbox_kd.report.tokens import BOUNDS
 
@@ -30,5 +30,5 @@ def _environment() -> jinja2.Environment:
     made.filters |= {"number": words.number, "dollars": words.dollars, "interval": words.interval}
     style = resources.files("blackbox_kd.report").joinpath("style.css").read_text("utf-8")
     made.globals |= {"style": Markup(style), "charts": charts, "bounds": BOUNDS, "glossary": words.GLOSSARY,
-                     "gate_words": words.gate_words}  # fmt: skip
+                     "gate_words": words.gate_words, "rows_are": spend.ROWS_ARE}  # fmt: skip
     return made

@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from blackbox_kd.corpus.run_rows import Row
+from blackbox_kd.corpus.run_rows import BUCKETS, Row
 from blackbox_kd.report.charts import Chart, Series, chart, stacked
 from blackbox_kd.report.words import duration
 
 STAGE_OF = {"sample": "sample", "evaluate": "evaluate", "probe": "probe"}
 """Purpose of a call -> stage; all others belong to the on-policy rounds."""
+STAGES = ("probe", "sample", "evaluate", "onpolicy")
+"""As they lie on each other in a chart."""
 ROWS_ARE = {
     "sample": "whole answers to train prompts",
-    "onpolicy": "drafts with feedback, by scorer",
-    "evaluate": "whole fixed answers, never learnt",
+    "onpolicy": "what was said of the student's texts",
+    "evaluate": "whole answers that checkpoints are measured with, never learnt from",
 }
 TIME_UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 
@@ -35,7 +37,7 @@ class Spent:
     cost_usd: float | None
     """None where a price is not known."""
     rows: int
-    rows_are: str
+    """What came of it, see ROWS_ARE."""
 
     @property
     def tokens(self) -> int:
@@ -81,7 +83,6 @@ def total(stages: Sequence[Spent]) -> Spent:
         completion_tokens=sum(each.completion_tokens for each in stages),
         cost_usd=None if None in costs else sum(cost for cost in costs if cost is not None),
         rows=sum(each.rows for each in stages if each.stage in ("sample", "onpolicy")),
-        rows_are="rows to learn from",
     )
 
 
@@ -96,26 +97,27 @@ def _sum(stage: str, rows: Sequence[Row], useful: int) -> Spent:
         completion_tokens=sum(row["completion_tokens"] for row in rows),
         cost_usd=None if any(row["unpriced"] for row in rows) else sum(row["cost_usd"] or 0.0 for row in rows),
         rows=useful,
-        rows_are=ROWS_ARE.get(stage, ""),
     )
 
 
 def over_time(timeline: Sequence[Row], *, priced: bool) -> list[Chart]:
-    """Tokens, and dollars where every call has a price, added up from the first call on."""
+    """Tokens, and dollars where calls cost some, added up from the first call on."""
     if len({row["at_s"] for row in timeline}) < 2:
         return []
     end = max(row["at_s"] for row in timeline)
     size, unit = next((size, unit) for size, unit in TIME_UNITS if end >= 2 * size or size == 1.0)
     note = f"Added up over {duration(end)} from the first call, in {unit}, by stage."
     kinds = [("tokens billed", "tokens")] + ([("dollars billed", "cost_usd")] if priced else [])
-    drawn = [chart(title, _areas(timeline, column, size), note=note) for title, column in kinds]
+    drawn = [chart(title, _areas(timeline, column, end, size), note=note) for title, column in kinds]
     return [each for each in drawn if each]
 
 
-def _areas(timeline: Sequence[Row], column: str, size: float) -> list[Series]:
-    moments = sorted({row["at_s"] for row in timeline})
+def _areas(timeline: Sequence[Row], column: str, end: float, size: float) -> list[Series]:
+    """`size`: seconds in a unit of x. Between two buckets with calls nothing was billed, and the areas stay level."""
+    busy = {row["at_s"] for row in timeline}
+    moments = sorted(busy | {max(0.0, round(at - end / BUCKETS, 6)) for at in busy} | {0.0})
     found = []
-    for stage in dict.fromkeys(stage_of(row["purpose"]) for row in timeline):
+    for stage in sorted({stage_of(row["purpose"]) for row in timeline}, key=STAGES.index):
         billed = dict.fromkeys(moments, 0.0)
         for row in timeline:
             if stage_of(row["purpose"]) == stage:

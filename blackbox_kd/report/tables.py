@@ -37,8 +37,9 @@ def in_order(checkpoints: Iterable[str]) -> list[str]:
 
 
 def latest_set(metrics: Sequence[Row]) -> str | None:
-    """The set_id that was measured last; rows of others do not compare."""
-    measured = [row for row in metrics if row["stage"] == "evaluate"]
+    """The set_id that `evaluate`, else a look in between, measured last; rows of others do not compare."""
+    measured = [row for row in metrics if row["set_id"]]
+    measured = [row for row in measured if row["stage"] == "evaluate"] or measured
     return max(measured, key=lambda row: (row["at_s"], row["set_id"]))["set_id"] if measured else None
 
 
@@ -70,7 +71,7 @@ def _best(name: str, numbers: Measured) -> set[str]:
 
 
 def _cell(row: Any, *, is_best: bool = False) -> Cell:
-    return Cell(number(row["value"]), interval(row), is_best) if row else Cell("–")
+    return Cell(number(row["value"]), interval(row), is_best) if row else Cell(number(None))
 
 
 def known_first(names: Iterable[str], order: Iterable[str]) -> list[str]:

@@ -17,8 +17,8 @@ class Term(NamedTuple):
 
 GLOSSARY: dict[str, Term] = {
     "tail_kl": Term(
-        "KL divergence of the student from the teacher, nats a token, on the teacher's own answers: over the tokens that "
-        "the endpoint shows, everything else in one bucket. 0 is a student that cannot be told from its teacher",
+        "KL divergence of the student from the teacher, nats a token, on the teacher's own answers: over the tokens "
+        "that the endpoint shows, everything else in one bucket. 0 is a student that cannot be told from its teacher",
         "lower",
     ),
     "teacher_nll": Term("how surprised the student is by the teacher's own answers, nats a token", "lower"),
@@ -75,13 +75,21 @@ def meaning(name: str) -> str:
     return GLOSSARY[name].meaning if name in GLOSSARY else HEALTH.get(name, "")
 
 
+MINUS, DASH, THIN_SPACE = "\u2212", "\u2013", "\u202f"
+
+
 def number(value: float | int | None) -> str:
     """Three digits that count, thousands apart, a real minus; a dash where there is none."""
     if value is None:
-        return "–"
+        return DASH
     if float(value).is_integer() or abs(value) >= 1000:
-        return f"{round(value):,}".replace(",", "\u202f").replace("-", "−")
-    return f"{value:.3g}".replace("-", "−")
+        return f"{round(value):,}".replace(",", THIN_SPACE).replace("-", MINUS)
+    return f"{value:.3g}".replace("-", MINUS)
+
+
+def signed(value: float) -> str:
+    """With its sign, to a tenth."""
+    return f"{value + 0.0:+.1f}".replace("-", MINUS) if round(value, 1) else "0"
 
 
 def interval(found: Mapping[str, Any]) -> str:
@@ -91,7 +99,9 @@ def interval(found: Mapping[str, Any]) -> str:
 
 def dollars(value: float | None) -> str:
     """Cents, and the first fractions of one; 'unknown' where no price is known."""
-    return "unknown" if value is None else f"${value:,.2f}" if value >= 1 else f"${value:.4f}"
+    if value is None:
+        return "unknown"
+    return f"${value:,.2f}" if value >= 1 else f"${value:.4f}" if value else "$0"
 
 
 def duration(seconds: float) -> str:
@@ -120,17 +130,18 @@ def verdict(metric: str, measured: Measured) -> Verdict:
     """
     names = [name for name in measured if name != "teacher"]
     if len(names) < 2:
-        return Verdict("nothing to compare yet", "Fewer than two checkpoints have been evaluated.")
+        return Verdict("Nothing to compare yet", "Fewer than two checkpoints have been evaluated.")
     last, before = names[-1], "sft" if "sft" in names[:-1] else names[0]
     now, then = measured[last], measured[before]
     gain = (then["value"] - now["value"]) * (1 if better(metric) == "lower" else -1)
-    how = "as far from its teacher as" if not gain else f"{'nearer to' if gain > 0 else 'further from'} its teacher than"
+    how = "nearer to its teacher than" if gain > 0 else "further from its teacher than"
+    how = how if gain else "as far from its teacher as"
     apart = now["hi"] < then["lo"] or then["hi"] < now["lo"]
     doubt = "" if apart or not gain else ", but within the uncertainty"
     detail = f"On held-out prompts {metric} is {_shown(now)} for {last} and {_shown(then)} for {before}."
     if names[0] not in (last, before):
         detail += f" {names[0].capitalize()} had {_shown(measured[names[0]])}."
-    return Verdict(f"{last} is {how} {before}{doubt}", f"{detail} {_certainty(apart, last, before)}")
+    return Verdict(f"{last.capitalize()} is {how} {before}{doubt}", f"{detail} {_certainty(apart, last, before)}")
 
 
 def _shown(found: Mapping[str, Any]) -> str:
