@@ -101,8 +101,8 @@ QUESTIONS = {
         WHERE r.purpose = 'evaluate' AND p.split = 'heldout' AND c.choice_idx = 0
           AND (({_TEACHER}) OR (c.author = 'student' AND c.policy IN (SELECT unnest($policies::VARCHAR[]))))
         ORDER BY c.created_at, c.completion_id""",
-    # by the writer itself, in the order of the text, of each text the first $most; lists are unnested beside each other,
-    # since the view `token_logprobs` copies a whole list for each of its tokens
+    # by the writer itself, in the order of the text, of each text the first $most; the lists are unnested beside each
+    # other, since the view `token_logprobs` copies a whole one for each of its tokens
     "tokens": """SELECT t.completion_id, coalesce(v.text, '') AS token, t.logprob
         FROM (SELECT c.completion_id::VARCHAR AS completion_id, c.model, unnest(l.token_ids[:$most]) AS token_id,
                 unnest(l.token_logprobs[:$most]) AS logprob, generate_subscripts(l.token_ids[:$most], 1) AS position

@@ -45,7 +45,7 @@ class Answers(NamedTuple):
 TEACHER, DRAWN = "teacher", "teacher, at temperature 1"
 
 
-def answers(rows: Sequence[Row], policies: Mapping[str, str]) -> Answers:
+def by_prompt(rows: Sequence[Row], policies: Mapping[str, str]) -> Answers:
     """`policies`: policy -> checkpoint. Of several answers of one writer the last counts."""
     prompts: dict[str, list[dict[str, str]]] = {}
     found: dict[str, dict[str, Row]] = {}
@@ -95,9 +95,8 @@ def side_by_side(ask: Ask, found: Answers, writers: Sequence[str], limit: int) -
     before, last = "sft" if "sft" in writers[:-1] else writers[0], writers[-1]
     picked = chosen(found, before, last)
     shown = [TEACHER, *writers, DRAWN]
-    tokens = spelt(
-        ask, [found.rows[p][w]["completion_id"] for p, _ in picked for w in shown if w in found.rows[p]], limit
-    )
+    texts = [found.rows[p][w] for p, _ in picked for w in shown if w in found.rows[p]]
+    tokens = spelt(ask, [each["completion_id"] for each in texts], limit)
     return [
         Example(
             [m | {"content": m["content"][:limit]} for m in found.prompts[prompt_id]],

@@ -11,7 +11,7 @@ from blackbox_kd.config import dump_config
 from blackbox_kd.corpus.run_rows import Ask, Row, reading
 from blackbox_kd.report import loop, spend, tables, words
 from blackbox_kd.report.charts import Chart
-from blackbox_kd.report.examples import Answers, Example, answers, corrected, side_by_side
+from blackbox_kd.report.examples import Answers, Example, by_prompt, corrected, side_by_side
 from blackbox_kd.report.loop import Station
 from blackbox_kd.report.spend import Spent
 from blackbox_kd.report.tables import Table
@@ -154,7 +154,7 @@ def _gates(run_dir: Path) -> dict[str, dict[str, Any]]:
 
 def _texts(ask: Ask, config: dict[str, Any], run_dir: Path, limit: int) -> dict[str, Any]:
     policies = _policies(ask, config, run_dir)
-    found = answers(ask("heldout", policies=list(policies)), policies)
+    found = by_prompt(ask("heldout", policies=list(policies)), policies)
     return {"examples": side_by_side(ask, found, _shown(found), limit), "drafts": corrected(ask, limit)}
 
 
