@@ -44,7 +44,7 @@ def of(run: Run) -> str:
 
 def test_the_headline_is_the_verdict_with_its_numbers(page: str) -> None:
     text = visible(page)
-    assert "Round-2 is nearer to its teacher than sft, but within the uncertainty" in text
+    assert "round-2 is nearer to its teacher than sft, but within the uncertainty" in text
     assert "tail_kl is 0.13 [0.117, 0.143] for round-2 and 0.15 [0.135, 0.165] for sft" in text
     assert "The two 95% intervals overlap" in text
 
@@ -108,7 +108,7 @@ UNFINISHED = [
     (2, ["0 of 2 on-policy rounds are done; base and sft have not been evaluated", "No on-policy round"]),
     (3, ["round 1 1 texts by the student rewrite: 1, 0% unchanged", "0 of 2 on-policy rounds"]),
     (4, ["1 of 2 on-policy rounds", "base, sft and round-1 have not been evaluated", "Nothing to compare yet"]),
-    (5, ["round-1 has not been evaluated", "Sft is nearer to its teacher than base", "No held-out answers"]),
+    (5, ["round-1 has not been evaluated", "sft is nearer to its teacher than base", "No held-out answers"]),
 ]
 
 
@@ -226,19 +226,19 @@ def between(value: float, lo: float, hi: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("metric", "sft", "last", "headline"),
     [
-        ("tail_kl", between(0.5, 0.4, 0.6), between(0.2, 0.1, 0.3), "Round-1 is nearer to its teacher than sft"),
-        ("tail_kl", between(0.2, 0.1, 0.3), between(0.5, 0.4, 0.6), "Round-1 is further from its teacher than sft"),
-        ("chrf", between(20, 10, 30), between(50, 40, 60), "Round-1 is nearer to its teacher than sft"),
+        ("tail_kl", between(0.5, 0.4, 0.6), between(0.2, 0.1, 0.3), "round-1 is nearer to its teacher than sft"),
+        ("tail_kl", between(0.2, 0.1, 0.3), between(0.5, 0.4, 0.6), "round-1 is further from its teacher than sft"),
+        ("chrf", between(20, 10, 30), between(50, 40, 60), "round-1 is nearer to its teacher than sft"),
         ("tail_kl", between(0.5, 0.1, 0.9), between(0.6, 0.1, 0.9),
-         "Round-1 is further from its teacher than sft, but within the uncertainty"),
-        ("tail_kl", between(0.5, 0.1, 0.9), between(0.5, 0.1, 0.9), "Round-1 is as far from its teacher as sft"),
+         "round-1 is further from its teacher than sft, but within the uncertainty"),
+        ("tail_kl", between(0.5, 0.1, 0.9), between(0.5, 0.1, 0.9), "round-1 is as far from its teacher as sft"),
     ],
 )  # fmt: skip
 def test_the_verdict_is_as_sure_as_the_intervals(metric: str, sft: Any, last: Any, headline: str) -> None:
     found = words.verdict(metric, {"base": between(2, 1.9, 2.1), "sft": sft, "round-1": last})
     assert found.headline == headline
     assert ("do not overlap" in found.detail) == ("uncertainty" not in headline and "as far" not in headline)
-    assert "Base had 2 [1.9, 2.1]." in found.detail
+    assert "It was 2 [1.9, 2.1] for base." in found.detail
 
 
 @pytest.mark.parametrize(
@@ -337,6 +337,15 @@ def test_the_best_checkpoint_is_never_the_teacher_and_none_where_all_are_equal()
     equal = tables.by_checkpoint([metric("base", 1.0), metric("sft", 1.0)], "heldout", ["tail_kl"])
     assert equal is not None
     assert not any(cells[0].is_best for _, _, cells in equal.rows)
+
+
+def test_the_base_model_is_not_the_best_at_being_itself() -> None:
+    rows = [metric("base", 100.0, name="chrf", split="holdback"), metric("sft", 49.2, name="chrf", split="holdback")]
+    table = tables.by_checkpoint(rows, "holdback", ["chrf"])
+    assert table is not None
+    assert not any(cells[0].is_best for _, _, cells in table.rows)
+    said = "To hold-back prompts sft answers as base does by 49.2 [36, 62.7] of 100 (chrf)."
+    assert words.holdback_words({"base": between(100, 100, 100), "sft": between(49.2, 36, 62.7)}) == said
 
 
 def test_steps_are_counted_through_the_run() -> None:

@@ -15,6 +15,10 @@ EACH = 4
 """Prompts that gained most, that are in the middle, and that gained least."""
 
 
+ENDED = {"stop": "", "length": "cut off"}
+"""finish_reason in words; others speak for themselves."""
+
+
 class Text(NamedTuple):
     """Somebody's text, in pieces."""
 
@@ -110,7 +114,7 @@ def side_by_side(ask: Ask, found: Answers, writers: Sequence[str], limit: int) -
 def _answer(writer: str, row: Mapping[str, Row], tokens: Mapping[str, Tokens], limit: int) -> Text:
     answer = row[writer]
     likeness = "" if writer in (TEACHER, DRAWN) else f"chrf {_likeness(row, writer):.0f}"
-    ended = "" if answer["finish_reason"] == "stop" else answer["finish_reason"]
+    ended = ENDED.get(answer["finish_reason"], answer["finish_reason"])
     note = ", ".join(part for part in (likeness, ended) if part)
     return text(writer, note, answer["text"], tokens.get(answer["completion_id"], []), limit)
 

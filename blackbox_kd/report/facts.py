@@ -38,6 +38,8 @@ class Facts:
     """Fixed sets that were measured earlier; they do not compare with this one."""
     verdict: words.Verdict
     verdict_by: str | None
+    kept: str
+    """How much of the base model's answers to other prompts is left."""
     measured: list[tuple[str, str, str]]
     """The verdict's metric: checkpoint, value, interval."""
     gates: dict[str, dict[str, Any]]
@@ -131,6 +133,7 @@ def _measured(evaluated: list[Row], metrics: list[Row], set_id: str | None) -> d
     return {
         "verdict": words.verdict(by or "", numbers),
         "verdict_by": by,
+        "kept": words.holdback_words(tables.measured(evaluated, "holdback", "chrf")),
         "measured": _ends([(name, words.number(row["value"]), words.interval(row)) for name, row in numbers.items()]),
         "step_charts": tables.step_charts(metrics, set_id),
         "checkpoint_charts": tables.checkpoint_charts(evaluated, CHARTED),

@@ -11,6 +11,8 @@ from blackbox_kd.run_dir import round_of
 
 Row = dict[str, Any]
 SPLITS = {"heldout": "held-out", "ood": "out of domain", "holdback": "hold-back"}
+COMPARED = ("heldout", "ood")
+"""Where the other text is the teacher's; on hold-back prompts it is that of base, which is not the best at being itself."""
 BY_STEP = ("tail_kl", "teacher_nll")
 
 
@@ -53,7 +55,8 @@ def by_checkpoint(metrics: Sequence[Row], split: str, names: Sequence[str]) -> T
     """Rows of one fixed set and split: a line for each checkpoint, the best of each column marked."""
     found = {name: numbers for name in names if (numbers := measured(metrics, split, name))}
     checkpoints = in_order(c for numbers in found.values() for c in numbers)
-    best = {name: _best(name, numbers) for name, numbers in found.items()}
+    best = {name: _best(name, numbers) if split in COMPARED or name.startswith("task_") else set()
+            for name, numbers in found.items()}  # fmt: skip
     rows = [
         (c, "", [_cell(numbers.get(c), is_best=c in best[name]) for name, numbers in found.items()])
         for c in checkpoints
@@ -121,7 +124,7 @@ def stages(metrics: Sequence[Row]) -> dict[str, tuple[int, int]]:
 def looks(metrics: Sequence[Row], set_id: str | None, name: str) -> list[Series]:
     """A metric on the fixed set by optimiser step of the whole run: looks in between, and checkpoints at their end."""
     spans, found = stages(metrics), []
-    for tone, split in enumerate(("heldout", "ood")):
+    for tone, split in enumerate(COMPARED):
         at: dict[int, Point] = {}
         for row in metrics:
             if (row["name"], row["split"], row["set_id"]) == (name, split, set_id):

@@ -140,8 +140,8 @@ def verdict(metric: str, measured: Measured) -> Verdict:
     doubt = "" if apart or not gain else ", but within the uncertainty"
     detail = f"On held-out prompts {metric} is {_shown(now)} for {last} and {_shown(then)} for {before}."
     if names[0] not in (last, before):
-        detail += f" {names[0].capitalize()} had {_shown(measured[names[0]])}."
-    return Verdict(f"{last.capitalize()} is {how} {before}{doubt}", f"{detail} {_certainty(apart, last, before)}")
+        detail += f" It was {_shown(measured[names[0]])} for {names[0]}."
+    return Verdict(f"{last} is {how} {before}{doubt}", f"{detail} {_certainty(apart, last, before)}")
 
 
 def _shown(found: Mapping[str, Any]) -> str:
@@ -152,6 +152,14 @@ def _certainty(apart: bool, last: str, before: str) -> str:
     if apart:
         return "The two 95% intervals do not overlap."
     return f"The two 95% intervals overlap: this alone does not tell {last} from {before}."
+
+
+def holdback_words(chrf: Measured) -> str:
+    """How far the last checkpoint's answers to hold-back prompts are from the base model's; '' where none are."""
+    names = [name for name in chrf if name not in ("teacher", "base")]
+    if not names:
+        return ""
+    return f"To hold-back prompts {names[-1]} answers as base does by {_shown(chrf[names[-1]])} of 100 (chrf)."
 
 
 def gate_words(gates: Mapping[str, Mapping[str, Any]]) -> str:
