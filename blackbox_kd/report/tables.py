@@ -12,7 +12,7 @@ from blackbox_kd.run_dir import round_of
 Row = dict[str, Any]
 SPLITS = {"heldout": "held-out", "ood": "out of domain", "holdback": "hold-back"}
 COMPARED = ("heldout", "ood")
-"""Where the other text is the teacher's; on hold-back prompts it is that of base, which is not the best at being itself."""
+"""Where the other text is the teacher's; on hold-back prompts it is the base model's own, and no way is better."""
 BY_STEP = ("tail_kl", "teacher_nll")
 
 
