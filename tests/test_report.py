@@ -339,12 +339,17 @@ def test_the_best_checkpoint_is_never_the_teacher_and_none_where_all_are_equal()
     assert not any(cells[0].is_best for _, _, cells in equal.rows)
 
 
+def test_the_verdict_names_a_checkpoint_in_between_that_is_better() -> None:
+    numbers = {name: between(value, 0, 9) for name, value in zip(CHECKPOINTS, (2, 0.5, 0.2, 0.3), strict=True)}
+    assert "The best is round-1 with 0.2 [0, 9]." in words.verdict("tail_kl", numbers).detail
+
+
 def test_the_base_model_is_not_the_best_at_being_itself() -> None:
     rows = [metric("base", 100.0, name="chrf", split="holdback"), metric("sft", 49.2, name="chrf", split="holdback")]
     table = tables.by_checkpoint(rows, "holdback", ["chrf"])
     assert table is not None
     assert not any(cells[0].is_best for _, _, cells in table.rows)
-    said = "To hold-back prompts sft answers as base does by 49.2 [36, 62.7] of 100 (chrf)."
+    said = "On hold-back prompts sft's answers are 49.2 [36, 62.7] of 100 like those of base (chrf)."
     assert words.holdback_words({"base": between(100, 100, 100), "sft": between(49.2, 36, 62.7)}) == said
 
 

@@ -141,6 +141,9 @@ def verdict(metric: str, measured: Measured) -> Verdict:
     detail = f"On held-out prompts {metric} is {_shown(now)} for {last} and {_shown(then)} for {before}."
     if names[0] not in (last, before):
         detail += f" It was {_shown(measured[names[0]])} for {names[0]}."
+    best = (min if better(metric) == "lower" else max)(names, key=lambda name: measured[name]["value"])
+    if best not in (last, before):
+        detail += f" The best is {best} with {_shown(measured[best])}."
     return Verdict(f"{last} is {how} {before}{doubt}", f"{detail} {_certainty(apart, last, before)}")
 
 
@@ -159,7 +162,7 @@ def holdback_words(chrf: Measured) -> str:
     names = [name for name in chrf if name not in ("teacher", "base")]
     if not names:
         return ""
-    return f"To hold-back prompts {names[-1]} answers as base does by {_shown(chrf[names[-1]])} of 100 (chrf)."
+    return f"On hold-back prompts {names[-1]}'s answers are {_shown(chrf[names[-1]])} of 100 like those of base (chrf)."
 
 
 def gate_words(gates: Mapping[str, Mapping[str, Any]]) -> str:
