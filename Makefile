@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 VLLM   := .venv-vllm
 
-.PHONY: setup browser quickstart test test-fast test-vllm lint bench bench-collect bench-losses bench-true-kl bench-pipeline clean
+.PHONY: setup browser quickstart test test-fast test-vllm lint bench bench-collect bench-losses bench-true-kl bench-pipeline study-small study clean
 
 setup: $(STAMP)
 
@@ -80,6 +80,16 @@ bench-true-kl: setup
 # teacher and student in turns and at the same time: about 4 minutes
 bench-pipeline: setup
 	$(BIN)/python benchmarks/pipeline.py --json > benchmarks/results/pipeline.json
+
+# at equal teacher spend: one seed, the smallest spend, every arm that it pays for
+study-small: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/equal_spend.py --seeds 1 --spend 8000 --jobs 2 --out runs/study_small \
+		--rows runs/study_small/rows.jsonl
+
+# all of it, resumable: many hours; what is done is in benchmarks/results/equal_spend_rows.jsonl
+study: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/equal_spend.py --seeds 1 2 3 --jobs 2 --plot docs/equal_spend.svg --json \
+		> benchmarks/results/equal_spend.json
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist .mypy_cache .ruff_cache .pytest_cache

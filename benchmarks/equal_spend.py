@@ -6,12 +6,13 @@ SmolLM2 under its private prompt (a llama.cpp server) teaches SmolLM2 without it
 computed in-process, for measurement only. Each run spends `--spend` teacher tokens: prompt and completion tokens of
 every answer of teacher or judge that it used, as if nothing were cached, billed failures included, probe and
 evaluation left out. An on-policy arm starts from its own sft on the part of the spend that its loop does not take; an
-arm whose loop asks nothing has the whole spend for its sft. Where not even one prompt a round can be paid for, an arm
-is left out.
+arm whose loop asks nothing has the whole spend for its sft. Arms with the same sft share it. Where not even one prompt
+a round can be paid for, an arm is left out.
   rows     arm, seed, spend (the target), teacher_tokens (what it came to), metrics on the same held-out answers
   minus    each arm minus `sft` in true forward KL by spend, with a bootstrap interval over seeds and prompts
   wins     share of the spends where that interval lies wholly below zero
-Runs are resumable one by one; seed 1 of all arms comes first, so that what is done is a whole table.
+Runs are resumable one by one: a line of `--rows` each. Seed 1 of all arms comes first, so that what is done is a
+whole table. Each run's metrics are in the corpus, too: stage `equal_spend`, checkpoint: arm, step: spend, round: seed.
 """
 
 from __future__ import annotations
@@ -21,21 +22,23 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import algorithms
-from paired import minus
+import equal_spend_table
 
 from blackbox_kd import onpolicy, sample, sft, yardstick
 from blackbox_kd.config import find_file, load_config
+from blackbox_kd.hashing import content_id
 from blackbox_kd.progress import say
 from blackbox_kd.project import Project
 from blackbox_kd.settings import Config
@@ -49,15 +52,13 @@ ROUNDS = 2
 DEV = 32
 """Train prompts that are kept aside for tuning."""
 HELD = {"heldout": 48, "ood": 24, "holdback": 24}
-
+RESULTS = Path(__file__).parent / "results"
 
 Settings = dict[str, Any]
 """Overrides of the quickstart."""
 
-LOOP: list[Settings] = [
-    {"share": share, "onpolicy.update.learning_rate": rate} for share in (0.25, 0.5) for rate in (1e-4, 3e-4)
-]
-FREE: list[Settings] = [{"onpolicy.update.learning_rate": rate} for rate in (3e-5, 1e-4, 3e-4)]
+LOOP: list[Settings] = [{"share": 0.5, "onpolicy.update.learning_rate": rate} for rate in (1e-4, 3e-4)]
+FREE: list[Settings] = [{"onpolicy.update.learning_rate": rate} for rate in (1e-4, 3e-4)]
 COPY: list[Settings] = [
     {"sft.trainer.learning_rate": 3e-4},
     {"sft.trainer.learning_rate": 1e-3},
@@ -94,9 +95,11 @@ ARMS = {
     "forks": Arm("forks", 1312),
     "gad": Arm("gad", trials=FREE),
 }
-TUNED = Path(__file__).parent / "results" / "equal_spend_tuned.json"
+TUNED = RESULTS / "equal_spend_tuned.json"
 """arm -> the trial that is taken, and what each came to on the dev prompts; made by --tune, then frozen."""
 TUNING_SEED = 0
+SECONDS = "seconds.txt"
+"""In a shared sft: how long it took."""
 
 
 class Sizes(NamedTuple):
@@ -109,7 +112,8 @@ class Sizes(NamedTuple):
 def sizes(arm: Arm, spend: int, share: float) -> Sizes:
     """Answers for sft, and prompts of each round."""
     in_loop = int(spend * share / arm.cost / ROUNDS) if arm.cost else 0
-    answers = round((spend - in_loop * ROUNDS * arm.cost) / ANSWER_TOKENS)
+    unit = max(1, spend // 18_000)  # so that arms of one share have one sft
+    answers = round((spend - in_loop * ROUNDS * arm.cost) / ANSWER_TOKENS / unit) * unit
     return Sizes(answers, in_loop if arm.cost else min(16, answers))
 
 
@@ -131,11 +135,6 @@ class Run(NamedTuple):
     def name(self) -> str:
         """Of its folder and its row."""
         return f"{self.arm.replace(':', '-')}-{self.spend}-{self.seed}" + ("" if self.seed else f"-{self.trial}")
-
-    @property
-    def row(self) -> Path:
-        """Where its row is, once it is through."""
-        return self.out / "rows" / f"{self.name}.json"
 
     @property
     def sizes(self) -> Sizes:
@@ -219,8 +218,8 @@ class Used:
         return dict(zip(("calls", "prompt_tokens", "completion_tokens"), row, strict=True))
 
 
-async def learn(project: Project, used: Used, has_loop: bool) -> Path:
-    """All stages; the last checkpoint."""
+async def learn(project: Project, used: Used, has_loop: bool, pool: Path) -> tuple[Path, float]:
+    """All stages; the last checkpoint, and seconds of the training that another run has done for it."""
     async with AsyncExitStack() as stack:
         for endpoint in project.endpoints:
             await stack.enter_async_context(endpoint)
@@ -228,10 +227,26 @@ async def learn(project: Project, used: Used, has_loop: bool) -> Path:
         for endpoint in project.endpoints:
             used.watch(endpoint)
         await sample.run(project)
-        await sft.run(project)
+        saved_s = await shared_sft(project, pool)
         if has_loop:
             await onpolicy.run(project)
-    return project.run_dir.checkpoint(f"round-{ROUNDS}" if has_loop else "sft")
+    return project.run_dir.checkpoint(f"round-{ROUNDS}" if has_loop else "sft"), saved_s
+
+
+async def shared_sft(project: Project, pool: Path) -> float:
+    """Train the sequence-level stage, or take it from a run with the same settings and answers; seconds saved."""
+    kept, mine = pool / content_id(project.settings_of("sft")), project.run_dir.checkpoint("sft")
+    if kept.exists():
+        shutil.copytree(kept, mine, dirs_exist_ok=True)
+        return float((mine / SECONDS).read_text())
+    began = time.monotonic()
+    await sft.run(project)
+    (mine / SECONDS).write_text(str(time.monotonic() - began))
+    part = kept.with_name(f"{kept.name}.{os.getpid()}")
+    shutil.copytree(mine, part)
+    with suppress(OSError):  # another worker was first
+        part.rename(kept)
+    return 0.0
 
 
 def measured(project: Project, checkpoint: Path) -> dict[str, Any]:
@@ -266,40 +281,56 @@ def measured(project: Project, checkpoint: Path) -> dict[str, Any]:
     return found
 
 
-def run_one(run: Run) -> str:
-    """One run, and its row; how it went."""
-    began = time.monotonic()
+def run_one(run: Run) -> dict[str, Any] | str:
+    """The row of one run, or why there is none."""
+    began, pool = time.monotonic(), run.out / "sft"
+    pool.mkdir(exist_ok=True)
     try:
         with Project(load_config(Config, "quickstart", run.overrides())) as project:
             used = Used(project.run_dir.path)
-            checkpoint = asyncio.run(learn(project, used, ARMS[run.arm].algorithm is not None))
-            trained_s = time.monotonic() - began
+            checkpoint, saved_s = asyncio.run(learn(project, used, ARMS[run.arm].algorithm is not None, pool))
+            wall_s = time.monotonic() - began + saved_s
             bill = used.bill(project)
             row = {"arm": run.arm, "seed": run.seed, "spend": run.spend, "trial": run.trial, **run.sizes._asdict(),
                    **bill, "teacher_tokens": bill["prompt_tokens"] + bill["completion_tokens"], "device": run.device,
-                   "wall_s": round(trained_s, 1), "prompts": measured(project, checkpoint)}  # fmt: skip
-    except Exception:  # one run that fails must not end the study
+                   "wall_s": round(wall_s, 1), "prompts": measured(project, checkpoint)}  # fmt: skip
+            where = {"checkpoint": run.arm, "step": run.spend, "round": run.seed}
+            metrics = equal_spend_table.metrics(row) | {"teacher_tokens": row["teacher_tokens"]}
+            project.log("equal_spend", [{**where, "name": name, "value": value} for name, value in metrics.items()])
+            return row
+    except Exception as error:  # one run that fails must not end the study
         (run.out / f"{run.name}.failed").write_text(traceback.format_exc())
-        return f"FAILED, see {run.out / run.name}.failed"
-    run.row.parent.mkdir(exist_ok=True)
-    part = run.row.with_suffix(".part")
-    part.write_text(json.dumps(row))
-    part.rename(run.row)
-    return f"true_kl {short(row)['metrics']['true_kl']:.4f}, {row['teacher_tokens']} tokens"
+        return f"{type(error).__name__}: {error}"
 
 
-def work(runs: Iterable[Run], jobs: int) -> None:
-    """Those that have no row yet, in order, `jobs` at a time."""
+def work(runs: Iterable[Run], flags: argparse.Namespace) -> None:
+    """Those that have no row yet, in order, `--jobs` at a time; each row is written as it comes."""
+    done = {key_of(row) for row in equal_spend_table.read(flags.rows)}
     todo = []
     for run in runs:
         if not run.sizes.prompts_per_round:
             say(f"{run.name}: left out, one prompt a round costs more than its share of the spend")
-        elif not run.row.exists():
+        elif key_of(run._asdict()) not in done:
             todo.append(run)
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(flags.jobs, mp_context=get_context("spawn")) as pool:
         asked = {pool.submit(run_one, run): run for run in todo}
-        for done in as_completed(asked):
-            say(f"[{time.strftime('%H:%M:%S')}] {asked[done].name}: {done.result()}")
+        for future in as_completed(asked):
+            run, row = asked[future], future.result()
+            if isinstance(row, str):
+                told, row = (
+                    row,
+                    {"arm": run.arm, "seed": run.seed, "spend": run.spend, "trial": run.trial, "failed": row},
+                )
+            else:
+                told = f"true_kl {equal_spend_table.metrics(row)['true_kl']:.4f}, {row['teacher_tokens']} tokens"
+            with flags.rows.open("a") as file:
+                file.write(json.dumps(equal_spend_table.rounded(row)) + "\n")
+            say(f"[{time.strftime('%H:%M:%S')}] {run.name}: {told}")
+
+
+def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Which run it is; a trial other than the one that is taken now is another one."""
+    return row["arm"], row["spend"], row["seed"], row["trial"]
 
 
 def tune(flags: argparse.Namespace) -> None:
@@ -312,18 +343,15 @@ def tune(flags: argparse.Namespace) -> None:
             if arm in flags.arms
             for n, trial in enumerate(ARMS[arm].trials)
         ]
-        work(runs, flags.jobs)
-        for arm in {run.arm for run in runs}:
-            found = [dev_kl(run) for run in runs if run.arm == arm]
-            known = [value for value in found if value is not None]
-            taken = found.index(min(known)) if known else 0
-            best[arm] = {"trial": taken, "settings": ARMS[arm].trials[taken], "dev_true_kl": found}
+        work(runs, flags)
+        found = {key_of(row): equal_spend_table.metrics(row)["true_kl"] for row in equal_spend_table.read(flags.rows)
+                 if "failed" not in row}  # fmt: skip
+        for arm in dict.fromkeys(run.arm for run in runs):
+            values = [found.get(key_of(run._asdict())) for run in runs if run.arm == arm]
+            known = [value for value in values if value is not None]
+            taken = values.index(min(known)) if known else 0
+            best[arm] = {"trial": taken, "settings": ARMS[arm].trials[taken], "dev_true_kl": values}
         TUNED.write_text(json.dumps({arm: best[arm] for arm in ARMS if arm in best}, indent=1) + "\n")
-
-
-def dev_kl(run: Run) -> float | None:
-    """None where it was left out, or failed."""
-    return float(short(json.loads(run.row.read_text()))["metrics"]["true_kl"]) if run.row.exists() else None
 
 
 def run_of(
@@ -339,66 +367,13 @@ def study(flags: argparse.Namespace) -> None:
     tuned = json.loads(TUNED.read_text())
     if missing := [arm for arm in flags.arms if arm not in tuned]:
         sys.exit(f"{', '.join(missing)}: no trial is chosen yet, run --tune first")
-    work(
-        (
-            run_of(arm, spend, seed, tuned[arm]["trial"], tuned[arm]["settings"], tuned, flags)
-            for seed in flags.seeds
-            for spend in flags.spend
-            for arm in flags.arms
-        ),
-        flags.jobs,
+    runs = (
+        run_of(arm, spend, seed, tuned[arm]["trial"], tuned[arm]["settings"], tuned, flags)
+        for seed in flags.seeds
+        for spend in flags.spend
+        for arm in flags.arms
     )
-
-
-def rows(out: Path) -> Iterator[dict[str, Any]]:
-    """Of all finished runs but those for tuning."""
-    for path in sorted((out / "rows").glob("*.json")):
-        row = json.loads(path.read_text())
-        if row["seed"] != TUNING_SEED:
-            yield row
-
-
-def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """The JSON object; an arm is compared on the seeds that it shares with the other."""
-    runs = {(row["arm"], row["spend"], row["seed"]): row["prompts"]["heldout"] for row in found}
-    spends = sorted({spend for _, spend, _ in runs})
-    compared: dict[str, dict[str, Any]] = {}
-    for base in ("sft", "sft:soft"):
-        for arm in (name for name in ARMS if name != base):
-            for spend in spends:
-                seeds = [s for a, sp, s in sorted(runs) if (a, sp) == (arm, spend) and (base, spend, s) in runs]
-                if seeds:
-                    ours, theirs = ([runs[which, spend, s]["true_kl"] for s in seeds] for which in (arm, base))
-                    value = minus(ours, theirs, runs[arm, spend, seeds[0]]["tokens"])
-                    compared.setdefault(f"minus_{base}", {}).setdefault(arm, {})[str(spend)] = value
-    against = compared.get("minus_sft", {})
-    wins = {arm: sum(hi < 0 for _, _, hi in by.values()) / len(spends) for arm, by in against.items()}
-    return {"rows": [short(row) for row in found], **compared, "wins": wins}
-
-
-def short(row: dict[str, Any]) -> dict[str, Any]:
-    """Without the prompts."""
-    held, metrics = row["prompts"]["heldout"], {}
-    for name in ("true_kl", "true_reverse_kl", "tail_kl", "teacher_nll"):
-        metrics[name] = sum(held[name]) / sum(held["tokens"])
-    for split, values in row["prompts"].items():
-        metrics[f"chrf_{split}"] = sum(values["chrf"]) / len(values["chrf"])
-    return {key: value for key, value in row.items() if key != "prompts"} | {"metrics": metrics}
-
-
-def table(found: dict[str, Any]) -> str:
-    """Markdown: an arm a line, a spend a column: mean true KL, and the interval of the difference to sft."""
-    spends = sorted({row["spend"] for row in found["rows"]})
-    lines = ["| arm |" + "".join(f" {spend:,} tokens |" for spend in spends), "|---" * (len(spends) + 1) + "|"]
-    for arm in ARMS:
-        cells = []
-        for spend in spends:
-            values = [r["metrics"]["true_kl"] for r in found["rows"] if (r["arm"], r["spend"]) == (arm, spend)]
-            apart = found.get("minus_sft", {}).get(arm, {}).get(str(spend))
-            shown = f"{sum(values) / len(values):.3f}" if values else ""
-            cells.append(shown + (f" ({apart[0]:+.3f} [{apart[1]:+.3f}, {apart[2]:+.3f}])" if apart else ""))
-        lines.append(f"| `{arm}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    work(runs, flags)
 
 
 def main() -> None:
@@ -412,6 +387,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1, help="of the teacher's server")
+    parser.add_argument(
+        "--rows", type=Path, default=RESULTS / "equal_spend_rows.jsonl", help="what is done, a run a line"
+    )
+    parser.add_argument("--plot", type=Path, help="an SVG of the true KL against teacher tokens")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, not a table")
     flags = parser.parse_args()
     flags.out.mkdir(parents=True, exist_ok=True)
@@ -419,8 +398,10 @@ def main() -> None:
         tune(flags)
         return
     study(flags)
-    found = summary(list(rows(flags.out)))
-    print(json.dumps(found, indent=1) if flags.json else table(found))
+    found = equal_spend_table.summary(row for row in equal_spend_table.read(flags.rows) if row["seed"] != TUNING_SEED)
+    if flags.plot:
+        equal_spend_table.plot(found, flags.plot)
+    print(json.dumps(found, indent=1) if flags.json else equal_spend_table.table(found))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ async def go_round(project: Project, lane: Lane, ranks: Ranks) -> dict[str, dict
         return {}
     await probe.ensure(project)
     config, loop, start = project.config, project.config.onpolicy, run_dir.checkpoint(names[done - 1])
-    await lane.run(ranks.share, (start, loop))
+    await lane.run(ranks.share, (start, config))
     student = Student(config.student, adapter=start)
     algorithm = loop.algorithm.build(project.tools(student.renderer, lane))
     algorithm.restore(start)
@@ -90,8 +90,8 @@ def follow(config: Config) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 knows what to do, and takes this one with it
     with suppress(PeerGone):
         if told := ranks.share():
-            start, loop = told  # whatever algorithm `auto` stands for
-            updater = updater_of(loop, Student(config.student, adapter=start), start, ranks)
+            start, config = told  # with the algorithm that `auto` stands for
+            updater = updater_of(config, Student(config.student, adapter=start), start, ranks)
             console.quiet = True  # from here on rank 0 sees the same
             while task := ranks.share():
                 updater.run(*task)

@@ -140,9 +140,11 @@ class Project:
 
     def tools(self, renderer: Renderer, lane: Lane) -> Tools:
         """What the on-policy algorithm works with."""
+        config = self.config
         return Tools(
-            self.teacher, renderer, self.config.student, lane, self.config.seed, judge=self.judge, unseen=self.unseen
-        )
+            self.teacher, renderer, config.student, lane, config.seed, judge=self.judge, unseen=self.unseen,
+            soft=config.sft.soft if config.sft.soft_labels else None,
+        )  # fmt: skip
 
     @property
     def run_id(self) -> str:

@@ -12,13 +12,14 @@ from typing import Any
 import msgspec
 
 from blackbox_kd import health
-from blackbox_kd.algorithms.base import Outcome, ce_sample
+from blackbox_kd.algorithms.base import Outcome
 from blackbox_kd.hashing import phase_seed
 from blackbox_kd.model_card import write_card
 from blackbox_kd.progress import say
 from blackbox_kd.project import Project
+from blackbox_kd.replay import Replay, losses
 from blackbox_kd.rollout import Writer
-from blackbox_kd.settings import OnPolicyConfig
+from blackbox_kd.settings import Config
 from blackbox_kd.student.ranks import Ranks
 from blackbox_kd.student.render import IGNORE, Rendered
 from blackbox_kd.student.student import Student
@@ -34,10 +35,10 @@ def checkpoints(project: Project) -> list[str]:
     return ["sft", *(f"round-{r}" for r in range(1, project.config.onpolicy.rounds + 1))]
 
 
-def updater_of(loop: OnPolicyConfig, student: Student, start: Path, ranks: Ranks) -> Updater:
+def updater_of(config: Config, student: Student, start: Path, ranks: Ranks) -> Updater:
     """As the checkpoint `start` left it."""
-    state = start / OPTIMIZER_FILE
-    return Updater(student, loop.update, state if state.exists() else None, loop.algorithm.losses, ranks)
+    state, loop = start / OPTIMIZER_FILE, config.onpolicy
+    return Updater(student, loop.update, state if state.exists() else None, losses(config.sft, loop.algorithm), ranks)
 
 
 class Trainee:
@@ -47,7 +48,8 @@ class Trainee:
         """`start` is the checkpoint that the student has."""
         self.project, self.student, self.loop = project, student, project.config.onpolicy
         self.done = checkpoints(project).index(start.name)
-        self.ranks, self.updater = ranks, updater_of(self.loop, student, start, ranks)
+        self.ranks, self.updater = ranks, updater_of(project.config, student, start, ranks)
+        self.replay = Replay(project, student.renderer)
         self.looks = Looks(project, student)
 
     def write(self, round_: int) -> list[Rollout]:
@@ -79,9 +81,7 @@ class Trainee:
         """Train on a round's samples and commit it; its metrics."""
         project, student, loop, name = self.project, self.student, self.loop, checkpoints(self.project)[round_]
         seed, run_dir = project.config.seed, project.run_dir
-        replayed = replay(
-            project, student, len({sample.pair_id or sample.sample_id for sample in outcome.samples}), round_
-        )
+        replayed = self.replay.draw(len({s.pair_id or s.sample_id for s in outcome.samples}), round_)
         samples = fitting([*outcome.samples, *replayed], project.config.student.max_length)
         samples = referenced(student, samples, run_dir.checkpoint("sft"), loop.rollout_batch_size)
         metrics = {
@@ -162,21 +162,6 @@ def fitting(samples: list[TrainSample], max_length: int) -> list[TrainSample]:
     if len(kept) < len(samples):
         say(f"{len(samples) - len(kept)} samples are longer than student.max_length; they are left out")
     return kept
-
-
-def replay(project: Project, student: Student, targets: int, round_: int) -> list[TrainSample]:
-    """Teacher rows of the sequence-level stage, so many that they are the share `replay` of the update."""
-    share = project.config.onpolicy.replay
-    wanted = round(targets * share / (1 - share))
-    rows = project.training_rows()
-    rng = random.Random(phase_seed(project.config.seed, round_, "replay"))
-    chosen = rng.sample(rows, min(wanted, len(rows)))
-    if len(chosen) < wanted:
-        say(f"replay: only {len(chosen)} teacher rows for {wanted} places")
-    return [
-        ce_sample(completion_id, student.renderer.render(prompt.messages, text))
-        for prompt, completion_id, text in chosen
-    ]
 
 
 def metric_rows(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from blackbox_kd.algorithms.base import Tools
-from blackbox_kd.config import StudentConfig
+from blackbox_kd.config import SoftLossConfig, StudentConfig
 from blackbox_kd.lane import Lane
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.teachers.teacher import Teacher
@@ -60,5 +60,6 @@ def tools(
     student: StudentConfig | None = None,
     judge: Teacher | None = None,
     unseen: Teacher | None = None,
+    soft: SoftLossConfig | None = None,
 ) -> Tools:
-    return Tools(teacher, renderer, student or StudentConfig(model="none"), Lane(), 1, judge, unseen)
+    return Tools(teacher, renderer, student or StudentConfig(model="none"), Lane(), 1, judge, unseen, soft)

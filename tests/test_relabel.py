@@ -12,7 +12,7 @@ from blackbox_kd.algorithms import algorithms
 from blackbox_kd.algorithms.auto import AutoConfig
 from blackbox_kd.algorithms.base import Algorithm, Outcome
 from blackbox_kd.algorithms.relabel import RelabelConfig, least_sure
-from blackbox_kd.config import SampleConfig, StudentConfig
+from blackbox_kd.config import SampleConfig, SoftLossConfig, StudentConfig
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.student.render import IGNORE, Renderer
 from blackbox_kd.teachers.scripted import ScriptedTeacherConfig
@@ -25,10 +25,13 @@ from tests.rollouts import renderer, rollout, tools
 __all__ = ["renderer"]  # a fixture
 
 
-def feedback(corpus: Corpus, renderer: Renderer, rollouts: list[Rollout], reply: str, **config: Any) -> Outcome:
+def feedback(
+    corpus: Corpus, renderer: Renderer, rollouts: list[Rollout], reply: str, soft: bool = True, **config: Any
+) -> Outcome:
     async def ask() -> Outcome:
         async with Teacher(ScriptedTeacherConfig(reply=reply), corpus, RUN_ID) as teacher:
-            algorithm: Algorithm = RelabelConfig(**config).build(tools(teacher, renderer))
+            given = tools(teacher, renderer, soft=SoftLossConfig() if soft else None)
+            algorithm: Algorithm = RelabelConfig(**config).build(given)
             return await algorithm.feedback(rollouts, 1)
 
     return asyncio.run(ask())
@@ -61,7 +64,7 @@ def test_afresh_is_the_teachers_own_answer_and_never_sees_the_draft(corpus: Corp
     assert "Say 1" in text
 
 
-@pytest.mark.parametrize(("config", "soft"), [({}, True), ({"soft_labels": False}, False), ({"temperature": 0}, False)])
+@pytest.mark.parametrize(("config", "soft"), [({}, True), ({"soft": False}, False), ({"temperature": 0}, False)])
 def test_afresh_learns_the_alternatives_of_its_own_distribution(
     corpus: Corpus, renderer: Renderer, config: dict[str, Any], soft: bool
 ) -> None:
@@ -83,16 +86,17 @@ def test_a_rewrite_is_learnt_as_it_is_written(corpus: Corpus, renderer: Renderer
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"mode": "afresh", "soft_labels": False}, {"mode": "afresh", "temperature": 0.5}]
+    ("config", "soft"),
+    [({}, SoftLossConfig()), ({"mode": "afresh"}, None), ({"mode": "afresh", "temperature": 0.5}, SoftLossConfig())],
 )
 def test_alternatives_that_nobody_asked_for_are_not_learnt(
-    corpus: Corpus, renderer: Renderer, config: dict[str, Any]
+    corpus: Corpus, renderer: Renderer, config: dict[str, Any], soft: SoftLossConfig | None
 ) -> None:
     shows = ScriptedTeacherConfig(reply="one two", extra_body={"logprobs": True, "top_logprobs": 5})
 
     async def ask() -> Outcome:
         async with Teacher(shows, corpus, RUN_ID) as teacher:
-            algorithm = RelabelConfig(**config).build(tools(teacher, renderer))
+            algorithm = RelabelConfig(**config).build(tools(teacher, renderer, soft=soft))
             return await algorithm.feedback([rollout(renderer, "Say 1", "x")], 1)
 
     (sample,) = asyncio.run(ask()).samples

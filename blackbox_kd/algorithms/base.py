@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from blackbox_kd.align import SoftLabels
-from blackbox_kd.config import Section, StudentConfig
+from blackbox_kd.config import Section, SoftLossConfig, StudentConfig
 from blackbox_kd.errors import AlignmentError
 from blackbox_kd.lane import Lane
 from blackbox_kd.student.render import IGNORE, Rendered, Renderer
@@ -50,6 +50,8 @@ class Tools(NamedTuple):
     """Who grades; never the teacher by accident."""
     unseen: Teacher | None = None
     """Another one, whose grades are looked at and not learnt."""
+    soft: SoftLossConfig | None = None
+    """How `sft` learns the alternatives of the teacher's own answers; None: by their text alone."""
 
 
 class Algorithm(ABC):
@@ -136,24 +138,30 @@ class AlgorithmConfig(Section):
         raise NotImplementedError
 
 
-def ce_sample(sample_id: str, rendered: Rendered, labels: SoftLabels | None = None) -> TrainSample:
+def ce_sample(
+    sample_id: str, rendered: Rendered, labels: SoftLabels | None = None, soft: SoftLossConfig | None = None
+) -> TrainSample:
     """Learn the supervised tokens, each with weight 1: as the text says, or by its soft label where it has one.
+
+    `soft.alpha` of the weight of a labelled token is left to its text; under `tail: renormalise` a label of one
+    candidate says nothing, and is none (as in `student.trainer`).
 
     Raises:
         AlignmentError: another number of `labels` than of supervised tokens.
     """
-    learnt = [label != IGNORE for label in rendered.labels]
-    size = sum(learnt)
-    has_label = np.zeros(size, bool) if labels is None else np.isfinite(labels.logprobs).any(axis=1)
+    alpha, least = (soft.alpha, 2 if soft.tail == "renormalise" else 1) if soft else (0.0, 1)
+    learnt = np.array([label != IGNORE for label in rendered.labels])
+    size = int(learnt.sum())
+    has_label = np.zeros(size, bool) if labels is None else np.isfinite(labels.logprobs).sum(axis=1) >= least
     if len(has_label) != size:
         raise AlignmentError(f"{len(has_label)} soft labels for {size} supervised tokens")
-    weights = {}
-    for name, mine in (("ce", ~has_label), ("topk_kl", has_label)):
-        if mine.any() or (name == "ce" and not size):
-            following = iter(mine.astype(float).tolist())
-            weights[name] = [next(following) if each else 0.0 for each in learnt]
-    soft = TopK(labels.ids[has_label], labels.logprobs[has_label]) if labels is not None and has_label.any() else None
-    return TrainSample(sample_id=sample_id, input_ids=rendered.input_ids, weights=weights, soft=soft)
+    hard, kl = np.zeros(len(learnt)), np.zeros(len(learnt))
+    hard[learnt], kl[learnt] = np.where(has_label, alpha, 1.0), np.where(has_label, 1 - alpha, 0.0)
+    weights = {name: stream.tolist() for name, stream in (("ce", hard), ("topk_kl", kl)) if stream.any()}
+    taught = TopK(labels.ids[has_label], labels.logprobs[has_label]) if labels is not None and kl.any() else None
+    return TrainSample(
+        sample_id=sample_id, input_ids=rendered.input_ids, weights=weights or {"ce": hard.tolist()}, soft=taught
+    )
 
 
 def on_completion(prompt_ids: list[int], values: Sequence[float] | float, size: int) -> list[float]:

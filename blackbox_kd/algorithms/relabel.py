@@ -19,8 +19,6 @@ from pydantic import Field
 from blackbox_kd.algorithms.base import Algorithm, AlgorithmConfig, Outcome, Tools, ce_sample
 from blackbox_kd.judging import RewritePrompt, usable_text
 from blackbox_kd.soft_labels import label
-from blackbox_kd.student.render import Renderer
-from blackbox_kd.teachers.teacher import Teacher
 from blackbox_kd.types import Completion, Feedback, Request, Rollout, SamplingParams, scorer
 
 
@@ -38,8 +36,6 @@ class RelabelConfig(AlgorithmConfig):
     temperature: float = Field(1.0, ge=0)
     max_completion_length: int = Field(256, ge=1)
     """Tokens."""
-    soft_labels: bool = True
-    """In mode afresh at temperature 1: learn the teacher's alternatives, which are asked for as by `sample`."""
 
     @property
     def calls_per_rollout(self) -> float:
@@ -57,19 +53,20 @@ class RelabelConfig(AlgorithmConfig):
 
     def build(self, tools: Tools) -> Relabel:
         """With its template and examples read."""
-        return Relabel(self, tools.teacher, tools.renderer)
+        return Relabel(self, tools)
 
 
 class Relabel(Algorithm):
     """See the module."""
 
-    def __init__(self, config: RelabelConfig, teacher: Teacher, renderer: Renderer) -> None:
-        self._config, self._teacher, self._renderer = config, teacher, renderer
-        self._is_soft = config.soft_labels and config.mode == "afresh" and config.temperature == 1
+    def __init__(self, config: RelabelConfig, tools: Tools) -> None:
+        teacher = tools.teacher
+        self._config, self._teacher, self._renderer = config, teacher, tools.renderer
+        self._soft = tools.soft if config.mode == "afresh" and config.temperature == 1 else None
         self._sampling = SamplingParams(
             temperature=config.temperature,
             max_completion_length=config.max_completion_length,
-            top_logprobs=teacher.sample.top_logprobs if self._is_soft else None,
+            top_logprobs=teacher.sample.top_logprobs if self._soft else None,
         )
         system = teacher.config.prompt.template
         self._rewrite = RewritePrompt(system, config.template, config.examples, "onpolicy.algorithm")
@@ -85,12 +82,14 @@ class Relabel(Algorithm):
             if target and (text := usable_text(target)):
                 found.append((rollout, request, target, text))
         by = scorer(teacher.config.model, teacher.context.context_hash)
-        texts = [(target.completion_id, text) for *_, target, text in found if self._is_soft]
+        texts = [(target.completion_id, text) for *_, target, text in found if self._soft]
         soft = label(teacher.corpus, self._renderer, teacher.config.model, by, texts)
         return Outcome(
             feedback=[self._said(rollout, request, target) for rollout, request, target, _ in found],
             samples=[
-                ce_sample(target.completion_id, join(rollout.prompt_ids, self._renderer.completion(text)), labels)
+                ce_sample(
+                    target.completion_id, join(rollout.prompt_ids, self._renderer.completion(text)), labels, self._soft
+                )
                 for (rollout, _, target, text), labels in zip(found, soft.labels or [None] * len(found), strict=True)
             ],
             asked=len(asked),

@@ -1,0 +1,103 @@
+"""Rows of `equal_spend.py`: read, compared, as a table and as a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from paired import minus
+
+BASELINES = ("sft", "sft:soft")
+KL = ("true_kl", "true_reverse_kl", "tail_kl", "teacher_nll")
+"""Nats per token of the teacher's held-out answers."""
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows that were written so far."""
+    if path.exists():
+        yield from map(json.loads, path.read_text().splitlines())
+
+
+def rounded(value: Any) -> Any:
+    """Numbers with as many digits as they carry."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
+    return round(value, 5) if isinstance(value, float) else value
+
+
+def metrics(row: dict[str, Any]) -> dict[str, float]:
+    """Means of one run."""
+    held = row["prompts"]["heldout"]
+    found = {name: sum(held[name]) / sum(held["tokens"]) for name in KL}
+    return found | {f"chrf_{s}": sum(v["chrf"]) / len(v["chrf"]) for s, v in row["prompts"].items()}
+
+
+def summary(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The JSON object; an arm is compared on the seeds that it shares with the baseline."""
+    every = list(rows)
+    found = [row for row in every if "failed" not in row]
+    runs = {(row["arm"], row["spend"], row["seed"]): row["prompts"]["heldout"] for row in found}
+    spends = sorted({spend for _, spend, _ in runs})
+    compared: dict[str, Any] = {}
+    for base in BASELINES:
+        for arm in dict.fromkeys(row["arm"] for row in found if row["arm"] != base):
+            for spend in spends:
+                seeds = [s for a, sp, s in sorted(runs) if (a, sp) == (arm, spend) and (base, spend, s) in runs]
+                if seeds:
+                    ours, theirs = ([runs[which, spend, s]["true_kl"] for s in seeds] for which in (arm, base))
+                    value = minus(ours, theirs, runs[arm, spend, seeds[0]]["tokens"])
+                    compared.setdefault(f"minus_{base}", {}).setdefault(arm, {})[str(spend)] = value
+    against = compared.get("minus_sft", {})
+    return {
+        "rows": [{k: v for k, v in row.items() if k != "prompts"} | {"metrics": metrics(row)} for row in found],
+        "failed": [row for row in every if "failed" in row],
+        **compared,
+        "wins": {arm: sum(hi < 0 for _, _, hi in by.values()) / len(spends) for arm, by in against.items()},
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown: an arm a line, a spend a column: mean true forward KL, and the interval of arm minus sft."""
+    spends = sorted({row["spend"] for row in found["rows"]})
+    lines = ["| arm |" + "".join(f" {spend:,} tokens |" for spend in spends), "|---" * (len(spends) + 1) + "|"]
+    for arm in dict.fromkeys(row["arm"] for row in (*found["rows"], *found["failed"])):
+        lines.append(f"| `{arm}` | " + " | ".join(_cell(found, arm, spend) for spend in spends) + " |")
+    return "\n".join(lines)
+
+
+def _cell(found: dict[str, Any], arm: str, spend: int) -> str:
+    values = [row["metrics"]["true_kl"] for row in found["rows"] if (row["arm"], row["spend"]) == (arm, spend)]
+    if not values:
+        return "-"
+    apart = found.get("minus_sft", {}).get(arm, {}).get(str(spend))
+    return f"{sum(values) / len(values):.3f}" + (
+        f" ({apart[0]:+.3f} [{apart[1]:+.3f}, {apart[2]:+.3f}])" if apart else ""
+    )
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """True forward KL against teacher tokens: the mean over seeds, and a band from the lowest to the highest."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for number, arm in enumerate(dict.fromkeys(row["arm"] for row in found["rows"])):
+        points: dict[int, list[dict[str, Any]]] = {}
+        for row in found["rows"]:
+            if row["arm"] == arm:
+                points.setdefault(row["spend"], []).append(row)
+        spent = [sum(r["teacher_tokens"] for r in points[s]) / len(points[s]) for s in sorted(points)]
+        values = [[r["metrics"]["true_kl"] for r in points[s]] for s in sorted(points)]
+        means = [sum(each) / len(each) for each in values]
+        style = {"color": "black", "lw": 2.2} if arm in BASELINES else {"color": f"C{number % 10}", "lw": 1.2}
+        dash = "--" if arm == "sft:soft" or number >= 10 else "-"
+        axes.plot(spent, means, dash, marker="o", ms=3.5, label=arm, **style)
+        axes.fill_between(spent, [min(v) for v in values], [max(v) for v in values], alpha=0.12, **style | {"lw": 0})
+    axes.set(xscale="log", xlabel="teacher tokens", ylabel="true forward KL, nats per token")
+    axes.legend(fontsize=8, ncols=2)
+    axes.grid(alpha=0.25)
+    figure.savefig(path, metadata={"Date": None})

@@ -1,0 +1,80 @@
+"""The study's arithmetic: how a spend is divided, how arms are compared, what is left out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import equal_spend_table as tables
+import pytest
+from equal_spend import ANSWER_TOKENS, ARMS, ROUNDS, SPENDS, TUNED, Arm, Run, sizes
+
+from blackbox_kd.config import load_config
+from blackbox_kd.settings import Config
+
+
+def row(arm: str, seed: int, kl: list[float], spend: int = 8000) -> dict[str, Any]:
+    held = dict.fromkeys(tables.KL, kl) | {"tokens": [2.0] * len(kl), "chrf": [50.0] * len(kl)}
+    return {"arm": arm, "seed": seed, "spend": spend, "trial": 0, "teacher_tokens": spend, "prompts": {"heldout": held}}
+
+
+@pytest.mark.parametrize("spend", SPENDS)
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_spends_what_it_is_given(arm: str, spend: int) -> None:
+    share = 0.5 if ARMS[arm].cost else 0.0
+    answers, prompts = sizes(ARMS[arm], spend, share)
+    spent = answers * ANSWER_TOKENS + (ROUNDS * prompts * ARMS[arm].cost if prompts else 0)
+    assert abs(spent - spend) <= max(ANSWER_TOKENS, 0.02 * spend)
+
+
+def test_an_arm_whose_prompt_costs_more_than_its_share_has_none() -> None:
+    assert sizes(Arm("score:pg", 9_400), 8_000, 0.5).prompts_per_round == 0
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_is_a_config(arm: str, tmp_path: Path) -> None:
+    run = Run(arm, 72_000, 1, 0, {"share": 0.5} if ARMS[arm].cost else {}, tmp_path, "cpu", 1)
+    config = load_config(Config, "quickstart", run.overrides())
+    assert config.onpolicy.algorithm.name == (ARMS[arm].algorithm or "relabel").split(":")[0]
+    assert config.sample.max_prompts == run.sizes.answers
+
+
+def test_the_trials_that_are_taken_are_those_that_were_best() -> None:
+    for arm, found in json.loads(TUNED.read_text()).items():
+        values = [value for value in found["dev_true_kl"] if value is not None]
+        assert not values or found["dev_true_kl"][found["trial"]] == min(values), arm
+        assert found["settings"] == ARMS[arm].trials[found["trial"]]
+
+
+def test_a_win_is_an_interval_below_zero_on_the_seeds_that_both_have() -> None:
+    better, worse = [[0.1, 0.2, 0.1], [0.9, 1.0, 0.8]]
+    rows = [row("sft", s, worse) for s in (1, 2)] + [row("relabel", s, better) for s in (1, 2, 3)]
+    rows += [row("gad", 1, worse), {"arm": "forks", "seed": 1, "spend": 8000, "trial": 0, "failed": "TeacherError: x"}]
+    found = tables.summary(rows)
+    value, lo, hi = found["minus_sft"]["relabel"]["8000"]
+    assert value == pytest.approx((0.4 - 2.7) / 6)  # sums over three prompts of two tokens each
+    assert lo <= value <= hi < 0
+    assert found["wins"] == {"relabel": 1.0, "gad": 0.0}
+    assert found["minus_sft"]["gad"]["8000"] == (0, 0, 0)
+    assert [each["arm"] for each in found["failed"]] == ["forks"]
+
+
+def test_the_table_has_every_arm_also_where_it_failed() -> None:
+    rows = [row("sft", 1, [1.0]), {"arm": "forks", "seed": 1, "spend": 8000, "trial": 0, "failed": "TeacherError: x"}]
+    lines = tables.table(tables.summary(rows)).splitlines()
+    assert lines[2:] == ["| `sft` | 0.500 |", "| `forks` | - |"]
+
+
+def test_rows_are_read_back_as_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert list(tables.read(path)) == []
+    path.write_text(json.dumps(tables.rounded(row("sft", 1, [0.123456789]))) + "\n")
+    (found,) = tables.read(path)
+    assert found["prompts"]["heldout"]["true_kl"] == [0.12346]
+
+
+def test_the_plot_is_a_picture(tmp_path: Path) -> None:
+    rows = [row(arm, s, [kl], spend) for arm, kl in (("sft", 1.0), ("gad", 0.5)) for s in (1, 2) for spend in SPENDS]
+    tables.plot(tables.summary(rows), tmp_path / "plot.svg")
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
