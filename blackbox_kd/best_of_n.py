@@ -44,10 +44,8 @@ def _others(group: list[Answer], grades: list[float] | None) -> Iterator[tuple[A
     best = grades.index(max(grades))
     for place, (answer, grade) in enumerate(zip(group, grades, strict=True)):
         if place != best:
-            same = (
-                ", the same text" if answer.text == group[best].text else f", grade {grade:.2f} of {grades[best]:.2f}"
-            )
-            yield answer, f"best is {group[best].completion_id}{same}"
+            why = "the same text" if answer.text == group[best].text else f"grade {grade:.2f}, not {grades[best]:.2f}"
+            yield answer, f"{why}; best is {group[best].completion_id}"
 
 
 def _rollout(answer: Answer) -> Rollout:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from blackbox_kd.near import NearIndex, normalised, shingles, templates
+from blackbox_kd.near import NearIndex, normalised, said, shingles, templates
 from blackbox_kd.progress import counting
 from blackbox_kd.types import Prompt
 
@@ -80,8 +80,8 @@ class HeldApart:
 
     def __init__(self, prompts: Sequence[Prompt], threshold: float) -> None:
         self._prompts, self._threshold = prompts, threshold
-        self._equal = {normalised(prompt.said): prompt for prompt in reversed(prompts)}
-        parts = [shingles(prompt.said) for prompt in prompts]
+        self._equal = {normalised(said(prompt)): prompt for prompt in reversed(prompts)}
+        parts = [shingles(said(prompt)) for prompt in prompts]
         self._template: set[int] = templates(parts, len(parts))
         self._parts = [own if len(own := each - self._template) >= FEWEST_SHINGLES else set[int]() for each in parts]
         self._all = set().union(*self._parts)
@@ -89,9 +89,9 @@ class HeldApart:
 
     def leak(self, train: Prompt) -> Leak | None:
         """The evaluation prompt that it comes nearest to, if that is near enough."""
-        if equal := self._equal.get(normalised(train.said)):
+        if equal := self._equal.get(normalised(said(train))):
             return Leak(train, equal, 1.0)
-        mine = shingles(train.said) - self._template
+        mine = shingles(said(train)) - self._template
         # A near one holds at least this share of its shingles: nearly all train prompts end here, without a MinHash.
         if self._threshold == 1 or not mine or len(mine & self._all) < self._threshold * len(mine):
             return None
@@ -107,5 +107,5 @@ class HeldApart:
 
 
 def _short(prompt: Prompt) -> str:
-    said = " ".join(prompt.text.split())
-    return repr(said if len(said) <= SHOWN else said[: SHOWN - 3] + "...")
+    text = " ".join(prompt.text.split())
+    return repr(text if len(text) <= SHOWN else text[: SHOWN - 3] + "...")

@@ -10,9 +10,12 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from blackbox_kd.types import Prompt
 
 if TYPE_CHECKING:
     from datasketch import MinHash
@@ -29,9 +32,14 @@ TEMPLATE_TEXTS = 3
 """... where it is in more than so many (GPT-3 ignored what stood in more than 10 documents, 2005.14165, appendix C)."""
 
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-"""Scripts without blanks between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese. Each character counts as a word."""
+"""Scripts without blanks between words (Thai, Lao, Burmese, Khmer, Japanese, Chinese): each character is a word."""
 _WORD = re.compile(rf"[^\W{_UNSPACED}]+|\S")
 _FULL_STOP = " .?!\u2026\u3002\uff1f\uff01"
+
+
+def said(prompt: Prompt) -> str:
+    """All messages of it, whoever's, as one text."""
+    return "\n".join(message["content"] for message in prompt.messages)
 
 
 def normalised(text: str) -> str:
@@ -51,7 +59,7 @@ def _folded(text: str) -> str:
 def shingles(text: str) -> set[int]:
     """Hashes of its word pairs; of a lone word, its own."""
     found = words(text)
-    pairs = map(" ".join, zip(found, found[1:], strict=False)) if len(found) > 1 else found
+    pairs = map(" ".join, pairwise(found)) if len(found) > 1 else found
     return {zlib.crc32(pair.encode()) for pair in pairs}
 
 
@@ -78,7 +86,8 @@ def may_have_twins(texts: Sequence[np.ndarray], threshold: float) -> list[bool]:
     _, place, count = np.unique(np.concatenate(texts), return_inverse=True, return_counts=True)
     shared = np.cumsum(np.append(0, count[place] > 1))
     ends = np.cumsum(sizes)
-    return ((sizes > 0) & (shared[ends] - shared[ends - sizes] >= threshold * sizes)).tolist()
+    enough = (sizes > 0) & (shared[ends] - shared[ends - sizes] >= threshold * sizes)
+    return [bool(each) for each in enough]
 
 
 class NearIndex:

@@ -13,7 +13,7 @@ from blackbox_kd.corpus import Corpus, curation
 from blackbox_kd.errors import ConfigError
 from blackbox_kd.hashing import content_id
 from blackbox_kd.lane import Lane
-from blackbox_kd.prompts import SPLITS, PromptSet
+from blackbox_kd.prompts import SPLITS, PromptSet, Template
 from blackbox_kd.run_dir import RunDir
 from blackbox_kd.settings import Config, OnPolicyConfig
 from blackbox_kd.student.render import Renderer
@@ -178,8 +178,10 @@ class Project:
         found = config.sections("seed", "student", "sft", "sample", "curate")
         found["sample"] = {key: value for key, value in found["sample"].items() if not key.startswith("batch")}
         found["questions"] = content_id([request.request_key for request in self.sample_requests()])
-        if config.curate.best_of_n != "off":
-            found["curate"]["grades"] = self._grades()
+        if config.curate.best_of_n != "off" and self.judge:
+            template = Template(config.curate.grades_template, "curate.grades_template")
+            found["curate"]["judge"] = [self.judge.config.model, self.judge.context.context_hash]
+            found["curate"]["grades"] = content_id(template.source)
         if config.curate.eval_overlap == "drop":
             held_apart = [prompt.prompt_id for split in SPLITS if split != "train" for prompt in self.prompts[split]]
             found["curate"]["evaluation"] = content_id(held_apart)

@@ -143,9 +143,7 @@ class Config(Section):
         if self.curate.best_of_n != "off" and self.judge is None:
             raise ValueError("curate.best_of_n needs a judge: set judge: {provider: .., model: ..}, or turn it off")
         if self.curate.best_of_n != "off" and self.sample.draws == 1:
-            raise ValueError(
-                "curate.best_of_n: there is one answer a prompt; raise sample.n (at a temperature above 0)"
-            )
+            raise ValueError("curate.best_of_n: there is one answer a prompt; raise sample.n, at a temperature above 0")
         return self
 
     @model_validator(mode="after")

@@ -56,11 +56,6 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True):
         """The last user message."""
         return str(next(m["content"] for m in reversed(self.messages) if m["role"] == "user"))
 
-    @property
-    def said(self) -> str:
-        """All messages, whoever's."""
-        return "\n".join(m["content"] for m in self.messages)
-
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How an answer is drawn; the names are TRL's."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from blackbox_kd.near import said
 from blackbox_kd.types import Completion, Prompt
 
 Reason = Literal[
@@ -32,7 +33,7 @@ class Answer(NamedTuple):
     @property
     def asked(self) -> str:
         """All that is said in the prompt."""
-        return self.prompt.said
+        return said(self.prompt)
 
 
 class Verdict(NamedTuple):

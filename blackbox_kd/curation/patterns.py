@@ -19,7 +19,8 @@ REFUSALS = [
     *(f"i {cannot} {help_}".replace("i '", "i'") for cannot in _CANNOT for help_ in _HELP),
     *(f"{sorry}i {cannot} {do}".replace("i '", "i'")
       for sorry in _SORRY for cannot in _CANNOT for do in (*_HELP, *_MAKE)),
-    *(f"{sorry}as an ai{what}" for sorry in ("", *_SORRY) for what in (" language model", " model", " assistant,", ", i")),
+    *(f"{sorry}as an ai{what}"
+      for sorry in ("", *_SORRY) for what in (" language model", " model", " assistant,", ", i")),
     "as a language model", "as a large language model", "i must decline", "i have to decline",
 ]  # fmt: skip
 """How an answer begins that declines to be one, normalised."""

@@ -12,7 +12,7 @@ from blackbox_kd.curation import patterns
 from blackbox_kd.curation.answer import Answer, Reason, Verdict
 from blackbox_kd.curation.config import CurateConfig
 from blackbox_kd.curation.duplicates import duplicates
-from blackbox_kd.near import templates, words
+from blackbox_kd.near import said, templates, words
 from blackbox_kd.types import Prompt
 
 FEWEST_LENGTHS = 20
@@ -82,7 +82,7 @@ def pii(answers: Sequence[Answer], evaluation: Sequence[Prompt], config: CurateC
 def eval_overlap(answers: Sequence[Answer], evaluation: Sequence[Prompt], config: CurateConfig) -> Found:
     """Words in a row of an evaluation prompt, other than those of a template that many of these share."""
     shortest = min(SHORTEST_OVERLAP, config.overlap_ngram)
-    grams = [_ngrams(words(prompt.said), config.overlap_ngram, shortest) for prompt in evaluation]
+    grams = [_ngrams(words(said(prompt)), config.overlap_ngram, shortest) for prompt in evaluation]
     template = templates(grams, len(grams))
     beginning = defaultdict[tuple[str, ...], dict[tuple[str, ...], Prompt]](dict)
     for prompt, own in zip(evaluation, grams, strict=True):
