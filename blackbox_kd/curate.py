@@ -29,8 +29,13 @@ SHOWN = 60
 
 
 async def run(project: Project) -> dict[str, Any]:
-    """How many answers there are, are dropped and flagged; `reasons` with an example each."""
-    answers = sampled(project)
+    """How many answers there are, are learnt, and of these are flagged; `reasons` with an example each.
+
+    Raises:
+        TrainingError: there are none, or all are dropped.
+    """
+    if not (answers := sampled(project)):
+        raise TrainingError(f"no answers to these prompts in {project.corpus.path}: run `sample` first")
     verdicts = await apply(project, answers)
     kept = remaining(answers, verdicts)
     flagged = {verdict.completion_id for verdict in verdicts if verdict.action == "flag"}
@@ -57,7 +62,7 @@ async def apply(project: Project, answers: Sequence[Answer] | None = None) -> li
         worse = await best_of_n(project.judge, template, remaining(answers, verdicts))
         verdicts += [Verdict(answer.completion_id, "not_best_of_n", why, config.best_of_n) for answer, why in worse]
     curation.replace(project.corpus, project.run_id, [verdict._asdict() for verdict in verdicts])
-    if verdicts:
+    if answers:
         say(f"curate: {told(answers, verdicts)}")
     if answers and not remaining(answers, verdicts):
         raise TrainingError(
