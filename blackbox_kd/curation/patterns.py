@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import string
+from collections import Counter
 from collections.abc import Iterable
-from itertools import chain
+from itertools import pairwise
 
 import numpy as np
 
@@ -36,7 +37,8 @@ LOOP_SHARE = 0.5
 """... is that share of the words ..."""
 LOOP_LEAST = 16
 """... and so many of them: `no no no` is an answer."""
-LOOP_LETTERS = re.compile(r"([^\W\d_]{1,8}?)\1{39,}")
+LOOP_OF_LETTERS = 40
+LOOP_LETTERS = re.compile(rf"([^\W\d_]{{1,8}}?)\1{{{LOOP_OF_LETTERS - 1},}}")
 """Letters in the same sense, in a word that does not end; a long number is one, and a row of dashes is a table's."""
 
 PII = {
@@ -59,7 +61,8 @@ PII = {
 def refusal(text: str, phrases: Iterable[str]) -> str | None:
     """The phrase that it begins with."""
     begin = opening(text)
-    return next((phrase for phrase in chain(phrases, REFUSALS) if phrase and begin.startswith(phrase)), None)
+    known = (*filter(None, phrases), *REFUSALS)
+    return next(filter(begin.startswith, known)) if begin.startswith(known) else None
 
 
 def opening(text: str) -> str:
@@ -69,12 +72,14 @@ def opening(text: str) -> str:
 
 def loop(text: str) -> str | None:
     """The n-gram that it repeats again and again."""
-    if (letters := LOOP_LETTERS.search(text)) and len(letters[0]) >= LOOP_SHARE * len(text):
+    endless = any(len(word) >= LOOP_OF_LETTERS for word in text.split())
+    if endless and (letters := LOOP_LETTERS.search(text)) and len(letters[0]) >= LOOP_SHARE * len(text):
         return f"{letters[1]!r} {len(letters[0]) // len(letters[1])} times"
     found = [word for word in words(text) if word not in string.punctuation]
-    if len(found) < LOOP_LEAST:
+    if len(found) < LOOP_LEAST or max(Counter(pairwise(found)).values()) < LOOP_TIMES - 1:
         return None
-    _, ids = np.unique(found, return_inverse=True)
+    number = dict[str, int]()
+    ids = np.array([number.setdefault(word, len(number)) for word in found])
     for size in range(1, min(LOOP_WORDS, len(ids) // LOOP_TIMES) + 1):
         start, run = _longest_run(ids[size:] == ids[:-size])
         covered = run + size
