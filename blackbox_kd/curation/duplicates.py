@@ -10,7 +10,6 @@ import numpy as np
 from blackbox_kd.curation.answer import Answer
 from blackbox_kd.hashing import content_id
 from blackbox_kd.near import NearIndex, jaccard, may_have_twins, normalised, shingles
-from blackbox_kd.progress import counting
 
 SHORT = 16
 """Word pairs. A shorter answer is the same to many questions, so it is a duplicate under an equal prompt only."""
@@ -24,15 +23,13 @@ def duplicates(answers: Sequence[Answer], threshold: float) -> Iterator[tuple[An
     Draws of one prompt are no twins: how often the teacher says a thing is what they are drawn for.
     """
     seen = _Seen(answers, threshold)
-    with counting("curate: near-duplicates", len(answers)) as progress:
-        for _, draws in groupby(range(len(answers)), key=lambda place: answers[place].prompt.prompt_id):
-            twins = {place: seen.twin(place) for place in draws}
-            for place, twin in twins.items():
-                if twin:
-                    yield answers[place], twin
-                else:
-                    seen.add(place)
-            progress.advance(len(twins))
+    for _, draws in groupby(range(len(answers)), key=lambda place: answers[place].prompt.prompt_id):
+        twins = {place: seen.twin(place) for place in draws}
+        for place, twin in twins.items():
+            if twin:
+                yield answers[place], twin
+            else:
+                seen.add(place)
 
 
 class _Seen:

@@ -13,6 +13,7 @@ from blackbox_kd.curation.answer import Answer, Reason, Verdict
 from blackbox_kd.curation.config import CurateConfig
 from blackbox_kd.curation.duplicates import duplicates
 from blackbox_kd.near import said, templates, words
+from blackbox_kd.progress import counting
 from blackbox_kd.types import Prompt
 
 FEWEST_LENGTHS = 20
@@ -32,13 +33,14 @@ def judged(answers: Sequence[Answer], evaluation: Sequence[Prompt], config: Cura
     """What there is to say of answers to train prompts, given in the prompts' order."""
     found = [verdict for answer in answers if (verdict := _not_whole(answer))]
     kept = remaining(answers, found)
-    for reason, rule in RULES.items():
-        if (action := getattr(config, reason)) != "off":
-            said = [
-                Verdict(answer.completion_id, reason, why, action) for answer, why in rule(kept, evaluation, config)
-            ]
-            found += said
-            kept = remaining(kept, said)
+    with counting("curate", len(RULES) * len(answers)) as progress:
+        for reason, rule in RULES.items():
+            if (action := getattr(config, reason)) != "off":
+                hits = rule(kept, evaluation, config)
+                new = [Verdict(answer.completion_id, reason, why, action) for answer, why in hits]
+                found += new
+                kept = remaining(kept, new)
+            progress.advance(len(answers), note=reason)
     return found
 
 
