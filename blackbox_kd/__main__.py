@@ -11,6 +11,7 @@ COMMANDS = {
     "plan": ("plan", "what sample, onpolicy and evaluate would ask and cost; spends nothing"),
     "probe": ("probe", "what the endpoint can do, by about a dozen short calls"),
     "sample": ("sample", "ask the teacher, keep everything"),
+    "curate": ("curate", "which of the teacher's answers sft will not learn, and why"),
     "sft": ("sft", "sequence-level stage: a LoRA student on teacher text"),
     "onpolicy": (
         "onpolicy",

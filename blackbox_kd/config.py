@@ -34,6 +34,11 @@ class PromptsConfig(Section):
     """A folder with train.jsonl, heldout.jsonl, ood.jsonl and holdback.jsonl, or one .jsonl with a `split` key."""
     limits: dict[Split, NonNegativeInt] = {}
     """The first so many prompts of a split; a split that is not named is taken whole."""
+    leaks: Literal["stop", "drop", "allow"] = "stop"
+    """Where train prompts are in an evaluation split, too, or nearly: no training; these train prompts are left out; or
+    nobody looks."""
+    leak_jaccard: float = Field(0.8, gt=0, le=1)
+    """Of the word pairs, from where two prompts are nearly the same; 1: only equal ones (but for case and blanks)."""
 
 
 class SampleConfig(Section):

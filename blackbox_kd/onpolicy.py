@@ -27,7 +27,7 @@ from contextlib import suppress
 from itertools import takewhile
 from typing import Any
 
-from blackbox_kd import health, probe
+from blackbox_kd import curate, health, probe
 from blackbox_kd.algorithms.base import Algorithm, Outcome
 from blackbox_kd.command import stage_main
 from blackbox_kd.errors import ConfigError, GateFailed, TeacherError
@@ -61,7 +61,9 @@ async def go_round(project: Project, lane: Lane, ranks: Ranks) -> dict[str, dict
     if done == len(names):
         say(f"onpolicy: all {len(names) - 1} rounds are there already")
         return {}
+    project.prompts.refuse_leaks()
     await probe.ensure(project)
+    await curate.apply(project)
     config, loop, start = project.config, project.config.onpolicy, run_dir.checkpoint(names[done - 1])
     await lane.run(ranks.share, (start, config))
     student = Student(config.student, adapter=start)

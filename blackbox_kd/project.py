@@ -9,11 +9,11 @@ from typing import Any
 
 from blackbox_kd import vllm
 from blackbox_kd.algorithms.base import Tools
-from blackbox_kd.corpus import Corpus
+from blackbox_kd.corpus import Corpus, curation
 from blackbox_kd.errors import ConfigError
 from blackbox_kd.hashing import content_id
 from blackbox_kd.lane import Lane
-from blackbox_kd.prompts import SPLITS, PromptSet
+from blackbox_kd.prompts import SPLITS, PromptSet, Template
 from blackbox_kd.run_dir import RunDir
 from blackbox_kd.settings import Config, OnPolicyConfig
 from blackbox_kd.student.render import Renderer
@@ -161,17 +161,32 @@ class Project:
         return sample_questions(self.teacher, self.sampled_prompts if prompts is None else prompts)
 
     def training_rows(self) -> list[tuple[Prompt, str, str]]:
-        """(prompt, completion_id, answer): whole answers to exactly those questions, by completion_id."""
+        """(prompt, completion_id, answer): whole answers to exactly those questions, by completion_id.
+
+        Without those that this run's curation dropped (`curate.apply`).
+        """
         by_id = {prompt.prompt_id: prompt for prompt in self.sampled_prompts}
         keys = [request.request_key for request in self.sample_requests()]
-        return [(by_id[p], completion_id, text.strip()) for p, completion_id, text in self.corpus.whole_answers(keys)]
+        dropped = curation.dropped(self.corpus, self.run_id)
+        return [
+            (by_id[prompt_id], completion_id, text.strip())
+            for prompt_id, completion_id, text in self.corpus.whole_answers(keys)
+            if completion_id not in dropped
+        ]
 
     def settings_of(self, checkpoint: str) -> dict[str, Any]:
         """What a checkpoint depends on; more rounds continue the same experiment."""
         config = self.config
-        found = config.sections("seed", "student", "sft", "sample")
+        found = config.sections("seed", "student", "sft", "sample", "curate")
         found["sample"] = {key: value for key, value in found["sample"].items() if not key.startswith("batch")}
         found["questions"] = content_id([request.request_key for request in self.sample_requests()])
+        if config.curate.best_of_n != "off" and self.judge:
+            template = Template(config.curate.grades_template, "curate.grades_template")
+            found["curate"]["judge"] = [self.judge.config.model, self.judge.context.context_hash]
+            found["curate"]["grades"] = content_id(template.source)
+        if config.curate.eval_overlap == "drop":
+            held_apart = [prompt.prompt_id for split in SPLITS if split != "train" for prompt in self.prompts[split]]
+            found["curate"]["evaluation"] = content_id(held_apart)
         if checkpoint != "sft":
             found |= config.sections("onpolicy")
             del found["onpolicy"]["rounds"], found["onpolicy"]["vllm"]

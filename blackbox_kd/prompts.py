@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -17,7 +18,8 @@ import numpy as np
 from blackbox_kd.config import PromptsConfig, find_file
 from blackbox_kd.errors import ConfigError
 from blackbox_kd.hashing import content_id
-from blackbox_kd.progress import counting
+from blackbox_kd.leaks import Leaks, find_leaks
+from blackbox_kd.progress import counting, say
 from blackbox_kd.types import Message, Prompt, Split
 
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -37,15 +39,48 @@ class PromptSet:
         """Raises:
         ConfigError: a missing file, a line that is not such a row (with its number), a prompt in two splits.
         """
-        self._limits = config.limits
+        self._config, self._limits = config, config.limits
         path = find_file(config.path, "prompts.path")
         files = [(path / f"{split}.jsonl", split) for split in SPLITS] if path.is_dir() else [(path, SPLITS[0])]
         self._files = [(file, default) for file, default in files if file.exists() or default == "train"]
         self._loaded: dict[Split, list[Prompt]] = {split: [] for split in SPLITS if split != "train"}
         self._repeated: set[int] = set()
+        self._left_out: set[str] = set()
         self._train = self._check()
         if not self._train:
             raise ConfigError(f"prompts.path {config.path!r}: no train prompts in it")
+        if config.leaks == "drop":
+            self._leave_out()
+
+    def _leave_out(self) -> None:
+        found = find_leaks(self._train_prompts(), self._evaluation, self._config.leak_jaccard, self._train)
+        self._left_out = found.prompt_ids
+        self._train -= len(found)
+        if found:
+            say(f"prompts: {found}; these train prompts are left out (prompts.leaks is drop)")
+        if not self._train:
+            raise ConfigError(f"prompts.path {self._config.path!r}: every train prompt is in an evaluation split, too")
+
+    @property
+    def _evaluation(self) -> list[Prompt]:
+        return [prompt for prompts in (self._loaded[s] for s in SPLITS if s != "train") for prompt in prompts]
+
+    @cached_property
+    def leaks(self) -> Leaks:
+        """Train prompts that are in an evaluation split, too; none where they are left out or nobody is to look."""
+        if self._config.leaks != "stop":
+            return Leaks()
+        return find_leaks(self.stream("train"), self._evaluation, self._config.leak_jaccard, self.count("train"))
+
+    def refuse_leaks(self) -> None:
+        """Raises:
+        ConfigError: there are some.
+        """
+        if self.leaks:
+            raise ConfigError(
+                f"prompts.path {self._config.path!r}: {self.leaks}; take them out of one of the files, or set "
+                "prompts.leaks to drop (these train prompts are left out) or allow"
+            )
 
     def _check(self) -> int:
         """One pass over all rows; returns how many train prompts there are, each counted once.
@@ -106,7 +141,8 @@ class PromptSet:
                     if prompt.prompt_id in seen:
                         continue
                     seen.add(prompt.prompt_id)
-                yield prompt
+                if prompt.prompt_id not in self._left_out:
+                    yield prompt
 
     def count(self, split: Split, limit: int | None = None) -> int:
         """How many `stream` yields."""

@@ -40,6 +40,7 @@ async def run(project: Project) -> dict[str, Any]:
 
 def check(project: Project) -> None:
     """Everything that can be known to be wrong before anything is paid."""
+    project.prompts.refuse_leaks()
     config = project.config
     args = sft.trainer_config(config, project.run_dir.path / "trainer", has_dev=config.sft.dev_fraction > 0)
     if config.sft.soft_labels and config.sample.top_logprobs:

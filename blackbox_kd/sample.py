@@ -27,6 +27,8 @@ async def run(project: Project) -> dict[str, Any]:
     config, engine = project.config.sample, project.teacher.engine
     wanted = project.prompts.count("train", config.max_prompts) * config.draws
     finished: dict[str, int] = {}
+    if project.prompts.leaks:
+        say(f"sample: {project.prompts.leaks}; sft will not train on them, see prompts.leaks")
     cached = engine.cached
     ask = project.teacher.sampler(config)
     async for completion in ask(questions(project), total=wanted, known=False, description="sample"):

@@ -22,6 +22,7 @@ from blackbox_kd.config import (
     UpdateConfig,
     VllmConfig,
 )
+from blackbox_kd.curation.config import CurateConfig
 from blackbox_kd.teachers import providers
 from blackbox_kd.teachers.base import TeacherConfig
 from blackbox_kd.teachers.budget import BudgetConfig
@@ -104,6 +105,7 @@ class Config(Section):
     """Who grades: an endpoint with the keys of `teacher`. `{same_as: teacher}` stands for the teacher's own keys
     without its private prompt; keys beside it replace the teacher's."""
     sample: SampleConfig = SampleConfig()
+    curate: CurateConfig = CurateConfig()
     student: StudentConfig
     sft: SftConfig = SftConfig()
     onpolicy: OnPolicyConfig
@@ -134,6 +136,14 @@ class Config(Section):
             )
         if judge and unseen and judge.model == unseen.model:  # its answers would also be read back as the other's
             raise ValueError(f"evaluate.judge: {unseen.model!r} is the judge itself; name another model, or none")
+        return self
+
+    @model_validator(mode="after")
+    def _somebody_chooses(self) -> Config:
+        if self.curate.best_of_n != "off" and self.judge is None:
+            raise ValueError("curate.best_of_n needs a judge: set judge: {provider: .., model: ..}, or turn it off")
+        if self.curate.best_of_n != "off" and self.sample.draws == 1:
+            raise ValueError("curate.best_of_n: there is one answer a prompt; raise sample.n, at a temperature above 0")
         return self
 
     @model_validator(mode="after")

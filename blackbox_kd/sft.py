@@ -2,7 +2,7 @@
 
     blackbox-kd sft --config quickstart --sft.trainer.learning_rate 2e-4
 
-Reads   the teacher's whole answers of purpose `sample` (view `sft`).    Writes   checkpoints/sft, metrics.
+Reads   the teacher's whole answers of purpose `sample` (view `sft`).    Writes   curation, checkpoints/sft, metrics.
 A part of the train prompts is kept aside (`sft.dev_fraction`); training stops when their loss stops falling.
 """
 
@@ -22,6 +22,7 @@ import datasets
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from blackbox_kd import curate
 from blackbox_kd.align import SoftLabels
 from blackbox_kd.command import stage_main
 from blackbox_kd.errors import AlignmentError, BlackboxKDError, ConfigError, TrainingError
@@ -52,11 +53,13 @@ class Row(NamedTuple):
 async def run(project: Project) -> dict[str, Any]:
     """The best checkpoint by dev loss; done at once where it exists already."""
     config, run_dir = project.config, project.run_dir
-    answers = training_answers(project)
+    project.prompts.refuse_leaks()
     settings = project.settings_of("sft")
     if run_dir.done("sft", settings):
         say(f"sft: {run_dir.checkpoint('sft')} is there already")
         return {"checkpoint": str(run_dir.checkpoint("sft"))}
+    await curate.apply(project)
+    answers = training_answers(project)
     student = Student(config.student, seed=config.seed)
     rows, coverage = labelled(project, student, answers)
     train, dev = split_dev(list(zip(answers, rows, strict=True)), config.sft.dev_fraction)

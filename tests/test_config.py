@@ -97,7 +97,7 @@ def test_what_only_looks_like_a_number_stays_text(load: Load, text: str) -> None
         ("onpolicy.algorithm.mod", "unknown key 'onpolicy.algorithm.mod'; did you mean 'onpolicy.algorithm.mode'?"),
         ("onpolicy.update.learning_rat", "did you mean 'onpolicy.update.learning_rate'?"),
         ("gguf", "did you mean 'teacher.gguf'?"),
-        ("prompts.qqq", "unknown key 'prompts.qqq'; known in prompts: limits, path"),
+        ("prompts.qqq", "unknown key 'prompts.qqq'; known in prompts: leak_jaccard, leaks, limits, path"),
     ],
 )
 def test_an_unknown_key_is_an_error_that_says_what_was_meant(load: Load, flag: str, meant: str) -> None:

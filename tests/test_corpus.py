@@ -478,7 +478,7 @@ def test_every_column_of_the_schema_has_a_comment_and_is_in_the_file(corpus: Cor
     assert made == sorted(written, key=lambda pair: pair[0])
     assert {table for table, _ in written} == {
         "meta", "runs", "prompts", "requests", "attempts", "completions", "logprobs", "vocab", "feedback", "metrics",
-        "capabilities", "dead_letters",
+        "capabilities", "dead_letters", "curation",
     }  # fmt: skip
 
 

@@ -112,6 +112,16 @@ CREATE TABLE IF NOT EXISTS feedback (
     created_at           TIMESTAMPTZ NOT NULL   -- when it was received
 );
 
+CREATE TABLE IF NOT EXISTS curation (
+    completion_id UUID NOT NULL,        -- the teacher's answer; it stays where it is
+    reason        VARCHAR NOT NULL,     -- truncated, refusal, degenerate, pii, eval_overlap, length_outlier, near_duplicate, not_best_of_n
+    detail        VARCHAR NOT NULL,     -- what the rule saw; never personal data
+    action        VARCHAR NOT NULL,     -- drop: not learnt; flag: learnt, and noted
+    run_id        UUID NOT NULL,        -- the run that curated; its rows are replaced when it does so again
+    created_at    TIMESTAMPTZ NOT NULL, -- when it first said so
+    PRIMARY KEY (run_id, completion_id, reason)
+);
+
 CREATE TABLE IF NOT EXISTS metrics (
     run_id     UUID NOT NULL,           -- the run
     stage      VARCHAR NOT NULL,        -- sample, sft, onpolicy or evaluate

@@ -26,10 +26,13 @@ JOIN prompts p ON p.prompt_id = c.prompt_id
 WHERE c.author = 'teacher' AND r.purpose = 'sample' AND p.split = 'train' AND c.finish_reason = 'stop'
   AND regexp_matches(c.text, '\S');
 
--- The sequence-level training set: the teacher and private prompt of the last run only.
+-- The sequence-level training set: the teacher and private prompt of the last run only, without what it dropped.
 CREATE OR REPLACE VIEW sft AS
 SELECT t.* FROM teacher_rows t
-SEMI JOIN (SELECT model, context_hash FROM runs ORDER BY started_at DESC LIMIT 1) USING (model, context_hash);
+SEMI JOIN (SELECT model, context_hash FROM runs ORDER BY started_at DESC LIMIT 1) USING (model, context_hash)
+ANTI JOIN (SELECT completion_id FROM curation
+           WHERE action = 'drop' AND run_id = (SELECT run_id FROM runs ORDER BY started_at DESC LIMIT 1))
+          USING (completion_id);
 
 -- The student's own samples.
 CREATE OR REPLACE VIEW rollouts AS
