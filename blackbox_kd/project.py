@@ -169,6 +169,7 @@ class Project:
         config = self.config
         found = config.sections("seed", "student", "sft", "sample")
         found["sample"] = {key: value for key, value in found["sample"].items() if not key.startswith("batch")}
+        found["sft"]["trainer"].pop("report_to", None)  # who watches does not change what is learnt
         found["questions"] = content_id([request.request_key for request in self.sample_requests()])
         if checkpoint != "sft":
             found |= config.sections("onpolicy")

@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -33,6 +34,7 @@ from blackbox_kd.settings import Config
 from blackbox_kd.soft_labels import label, labelled_tokens
 from blackbox_kd.student.load import pick_device
 from blackbox_kd.student.render import Rendered
+from blackbox_kd.student.reporting import integrations, log_below, logs_of, name_of
 from blackbox_kd.student.student import Student
 from blackbox_kd.student.trainer import DistillationTrainer, SoftCollator, TrlConfig, check_soft, dataset
 from blackbox_kd.types import Prompt, scorer
@@ -70,7 +72,7 @@ async def run(project: Project) -> dict[str, Any]:
     seen = [(completion_id, row.soft is not None) for (_, completion_id, _), row in zip(answers, rows, strict=True)]
     keep_if_same(work, settings | {"rows": content_id(seen)})
     trainer = build_trainer(student, config, train_rows, dev_rows, work)
-    trainer.add_callback(_Looks(Looks(project, student)))
+    trainer.add_callback(_Looks(Looks(project, student, partial(report, trainer))))
     with counting("sft", trainer_steps(trainer)) as progress:
         trainer.add_callback(_Progress(progress))
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
@@ -159,7 +161,8 @@ def trainer_config(config: Config, work: Path, *, has_dev: bool) -> TrlConfig:
         "output_dir": str(work),
         "seed": config.seed,
         "max_length": config.student.max_length,
-        "report_to": "none",
+        "report_to": config.report_to,
+        "run_name": name_of(config.run_dir, "sft"),
         "logging_steps": 5,
         "save_strategy": "epoch",
         "save_total_limit": 2,
@@ -182,7 +185,9 @@ def trainer_config(config: Config, work: Path, *, has_dev: bool) -> TrlConfig:
         for key, value in config.sft.trainer.items()
     }
     with _one_line():
-        return TrlConfig(**{**defaults, **given})
+        args = TrlConfig(**{**defaults, **given})
+    integrations(args.report_to)
+    return args
 
 
 @contextmanager
@@ -235,11 +240,17 @@ def build_trainer(
             callbacks=stopping,
             soft_loss=config.sft.soft,
         )
+    log_below(trainer.callback_handler.callbacks, logs_of(config.run_dir, "sft"))  # `work` does not stay
     for talkative in (PrinterCallback, ProgressCallback):  # they print to stdout, which is for results
         trainer.remove_callback(talkative)
     check_rows(train, trainer.train_dataset)
     check_rows(dev, trainer.eval_dataset or ())
     return trainer
+
+
+def report(trainer: DistillationTrainer, step: int, values: dict[str, float]) -> None:
+    """Numbers that are not the trainer's own go to where `report_to` sends those."""
+    trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, values)
 
 
 def check_rows(ours: Sequence[Row], theirs: Iterable[dict[str, Any]]) -> None:

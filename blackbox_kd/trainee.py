@@ -21,6 +21,7 @@ from blackbox_kd.rollout import Writer
 from blackbox_kd.settings import OnPolicyConfig
 from blackbox_kd.student.ranks import Ranks
 from blackbox_kd.student.render import IGNORE, Rendered
+from blackbox_kd.student.reporting import Report
 from blackbox_kd.student.student import Student
 from blackbox_kd.student.update import Updater
 from blackbox_kd.types import Prompt, Rollout, TrainSample
@@ -48,7 +49,8 @@ class Trainee:
         self.project, self.student, self.loop = project, student, project.config.onpolicy
         self.done = checkpoints(project).index(start.name)
         self.ranks, self.updater = ranks, updater_of(self.loop, student, start, ranks)
-        self.looks = Looks(project, student)
+        self.report = Report(project.config.report_to, project.config.run_dir, "onpolicy", student.model)
+        self.looks = Looks(project, student, lambda _, values: self.report.log(self.updater.steps, values))
 
     def write(self, round_: int) -> list[Rollout]:
         """The rollouts of a round, by the policy of `max_staleness` rounds before the one that they could have had.
@@ -96,6 +98,9 @@ class Trainee:
         task = samples, phase_seed(seed, round_, "update")
         self.ranks.share(task)
         steps = self.updater.run(*task, after_step)
+        for step, values in enumerate(steps, self.updater.steps - len(steps) + 1):
+            self.report.log(step, values)
+        self.report.log(self.updater.steps, {**outcome.metrics, **metrics})
         with run_dir.committing(name, project.settings_of(name)) as folder:
             student.save(folder)
             self.updater.save(folder / OPTIMIZER_FILE)
