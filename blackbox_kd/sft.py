@@ -49,6 +49,8 @@ class Row(NamedTuple):
 
     rendered: Rendered
     soft: SoftLabels | None
+    completion_id: str = ""
+    """Whose text it is."""
 
 
 async def run(project: Project) -> dict[str, Any]:
@@ -69,7 +71,7 @@ async def run(project: Project) -> dict[str, Any]:
         )
     say(f"sft: {len(train_rows)} train and {len(dev_rows)} dev rows")
     work = run_dir.path / "trainer"
-    seen = [(completion_id, row.soft is not None) for (_, completion_id, _), row in zip(answers, rows, strict=True)]
+    seen = [(row.completion_id, row.soft is not None) for row in rows]
     keep_if_same(work, settings | {"rows": content_id(seen)})
     trainer = build_trainer(student, config, train_rows, dev_rows, work)
     trainer.add_callback(_Looks(Looks(project, student, partial(report, trainer))))
@@ -78,7 +80,9 @@ async def run(project: Project) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
     with run_dir.committing("sft", settings) as folder:
         student.save(folder)
-        write_card(folder, project, "sft", f"SFT on {len(train_rows)} teacher answers", student.config.model)
+        data = {"teacher answers learnt": len(train_rows), "kept aside for the dev loss": len(dev_rows)}
+        how = f"sequence-level stage, {trainer.state.global_step} optimiser steps"
+        write_card(folder, project, "sft", how, data, [row.completion_id for row in train_rows])
     project.log("sft", metric_rows(trainer.state.log_history))
     project.log("sft", [{"checkpoint": "sft", "name": name, "value": value} for name, value in coverage.items()])
     shutil.rmtree(work)
@@ -103,9 +107,10 @@ def training_answers(project: Project) -> list[Answer]:
 
 def labelled(project: Project, student: Student, answers: Sequence[Answer]) -> tuple[list[Row], dict[str, float]]:
     """A row for each answer, with its soft labels where they are wanted and there; how much of it they cover."""
+    ids = [completion_id for _, completion_id, _ in answers]
     rendered = [student.renderer.render(prompt.messages, text) for prompt, _, text in answers]
     if not project.config.sft.soft_labels:
-        return [Row(each, None) for each in rendered], {}
+        return [Row(each, None, i) for each, i in zip(rendered, ids, strict=True)], {}
     model = project.config.teacher.model
     by = scorer(model, project.teacher.context.context_hash)
     texts = [(completion_id, text) for _, completion_id, text in answers]
@@ -116,7 +121,7 @@ def labelled(project: Project, student: Student, answers: Sequence[Answer]) -> t
         shown = ", ".join(f"{name} {value:.3f}" for name, value in coverage.items())
         tokenizer = "the teacher's tokenizer is the student's" if found.same else "across tokenizers"
         say(f"sft: {with_labels} of {len(answers)} answers have soft labels ({shown}; {tokenizer})")
-    return [Row(*each) for each in zip(rendered, found.labels, strict=True)], coverage
+    return [Row(*each) for each in zip(rendered, found.labels, ids, strict=True)], coverage
 
 
 def keep_if_same(work: Path, settings: dict[str, Any]) -> None:

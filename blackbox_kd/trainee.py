@@ -106,9 +106,13 @@ class Trainee:
             self.updater.save(folder / OPTIMIZER_FILE)
             for file, content in outcome.state.items():
                 (folder / file).write_bytes(content)
-            write_card(
-                folder, project, name, f"on-policy `{loop.algorithm.name}`, round {round_}", student.config.model
-            )
+            how = f"on-policy `{loop.algorithm.name}`, round {round_}, {len(steps)} optimiser steps"
+            data = {
+                "rollouts": len(rollouts),
+                "samples made of feedback": len(outcome.samples),
+                "teacher answers replayed": len(replayed),
+            }
+            write_card(folder, project, name, how, data, [sample.sample_id for sample in samples])
         project.log("onpolicy", metric_rows(name, round_, metrics, steps))
         student.policy, self.done = student.policy_of(run_dir.checkpoint(name)), round_
         say(f"onpolicy: {name}: {len(rollouts)} rollouts, {len(outcome.feedback)} with feedback, "
