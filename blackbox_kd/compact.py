@@ -17,6 +17,7 @@ from blackbox_kd.command import OneLineParser, guarded
 from blackbox_kd.corpus import Corpus, compact
 from blackbox_kd.corpus.connection import READ_WAIT_S
 from blackbox_kd.errors import ConfigError
+from blackbox_kd.progress import busy
 from blackbox_kd.sql import add_corpus_flag, corpus_of
 
 
@@ -34,8 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         path = corpus_of(flags.corpus)
         if not path.exists():
             raise ConfigError(f"no corpus {str(path)!r}: name one with --corpus FILE")
-        Corpus(path, lock_wait_s=READ_WAIT_S)  # ingests what the journal holds
-        before, after = compact(path)
+        with busy(f"rewriting {path}"):
+            Corpus(path, lock_wait_s=READ_WAIT_S)  # ingests what the journal holds
+            before, after = compact(path)
         if flags.json:
             print(json.dumps({"corpus": str(path), "bytes_before": before, "bytes_after": after}))
         else:

@@ -13,6 +13,7 @@ import sys
 
 from blackbox_kd.command import OneLineParser, guarded
 from blackbox_kd.corpus.checks import Finding, findings
+from blackbox_kd.progress import busy
 from blackbox_kd.sql import add_corpus_flag, corpus_of
 
 UNHEALTHY = 2
@@ -36,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         path = corpus_of(flags.corpus)
-        found = findings(path)
+        with busy(f"checking {path}"):
+            found = findings(path)
         healthy = all(finding.level != "fix" for finding in found)
         if flags.json:
             shown = [finding._asdict() for finding in found]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from blackbox_kd.command import stage_main
+from blackbox_kd.model_card import refresh_cards
 from blackbox_kd.progress import say
 from blackbox_kd.project import Project
 from blackbox_kd.run_dir import round_of
@@ -60,6 +61,7 @@ async def run(project: Project) -> dict[str, Any]:
         "run_id": project.run_id,
     }
     project.run_dir.write_summary(summary)
+    refresh_cards(project.run_dir, summary)
     return summary
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from blackbox_kd.command import OneLineParser, guarded
 from blackbox_kd.corpus import export, query
 from blackbox_kd.errors import ConfigError
+from blackbox_kd.progress import busy
 from blackbox_kd.sql import add_corpus_flag, corpus_of
 
 _MESSAGES = """from_json(messages, '[{"role": "VARCHAR", "content": "VARCHAR"}]')"""
@@ -63,7 +64,9 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> int:
         if flags.out.exists() and not flags.out.is_dir():
             raise ConfigError(f"--out {flags.out} is a file; name a folder")
-        for name, rows in run(corpus_of(flags.corpus), flags.out).items():
+        with busy(f"writing {flags.out}"):
+            written = run(corpus_of(flags.corpus), flags.out)
+        for name, rows in written.items():
             print(f"{rows:>8}  {flags.out / name}")
         return 0
 

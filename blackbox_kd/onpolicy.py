@@ -83,6 +83,7 @@ async def go_round(project: Project, lane: Lane, ranks: Ranks) -> dict[str, dict
         for task in told.values():
             task.cancel()
         await asyncio.gather(*told.values(), return_exceptions=True)
+        trainee.report.close()
     return found
 
 

@@ -20,6 +20,7 @@ import msgspec
 from blackbox_kd.command import config_of, guarded, parser
 from blackbox_kd.corpus.history import History, history, known, probed
 from blackbox_kd.hashing import canonical_json
+from blackbox_kd.progress import counting
 from blackbox_kd.project import sample_questions, settled
 from blackbox_kd.prompts import PromptSet
 from blackbox_kd.run_dir import committed, round_of
@@ -77,18 +78,25 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
 def count(requests: Iterable[Request], corpus: Path, config: TeacherConfig, tokens_per_byte: float) -> Count:
     """Look every request up, a chunk at a time."""
     found = Count()
-    for chunk in chunks(requests):
-        answered, dead = known(corpus, [request.request_key for request in chunk])
-        skipped = answered if config.retry_dead_letters else answered | dead
-        asked = [request for request in chunk if request.request_key not in skipped]
-        found.questions += len(chunk)
-        found.cached += len(answered)
-        found.dead += len(dead)
-        found.to_ask += len(asked)
-        found.prompt_tokens += tokens_per_byte * sum(map(size, asked))
-        for request in asked:
-            found.longest = added(found.longest, longest(request, config))
+    with counting("looking up", None) as progress:
+        for chunk in chunks(requests):
+            look_up(found, chunk, corpus, config, tokens_per_byte)
+            progress.advance(len(chunk))
     return found
+
+
+def look_up(found: Count, chunk: list[Request], corpus: Path, config: TeacherConfig, tokens_per_byte: float) -> None:
+    """Add a chunk to what has been found."""
+    answered, dead = known(corpus, [request.request_key for request in chunk])
+    skipped = answered if config.retry_dead_letters else answered | dead
+    asked = [request for request in chunk if request.request_key not in skipped]
+    found.questions += len(chunk)
+    found.cached += len(answered)
+    found.dead += len(dead)
+    found.to_ask += len(asked)
+    found.prompt_tokens += tokens_per_byte * sum(map(size, asked))
+    for request in asked:
+        found.longest = added(found.longest, longest(request, config))
 
 
 def chunks(requests: Iterable[Request]) -> Iterator[list[Request]]:

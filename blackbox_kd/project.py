@@ -179,6 +179,7 @@ class Project:
         config = self.config
         found = config.sections("seed", "student", "sft", "sample", "curate")
         found["sample"] = {key: value for key, value in found["sample"].items() if not key.startswith("batch")}
+        found["sft"]["trainer"].pop("report_to", None)  # who watches does not change what is learnt
         found["questions"] = content_id([request.request_key for request in self.sample_requests()])
         if config.curate.best_of_n != "off" and self.judge:
             template = Template(config.curate.grades_template, "curate.grades_template")

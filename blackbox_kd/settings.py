@@ -111,6 +111,8 @@ class Config(Section):
     onpolicy: OnPolicyConfig
     evaluate: JudgedConfig = JudgedConfig()
     budget: BudgetConfig = BudgetConfig()
+    report_to: str | list[str] = "none"
+    """As in TRL: tensorboard, wandb, trackio, ..., several of them, or all; of `sft` and `onpolicy`."""
 
     @model_validator(mode="before")
     @classmethod

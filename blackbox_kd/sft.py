@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -34,6 +35,7 @@ from blackbox_kd.settings import Config
 from blackbox_kd.soft_labels import label, labelled_tokens
 from blackbox_kd.student.load import pick_device
 from blackbox_kd.student.render import Rendered
+from blackbox_kd.student.reporting import integrations, log_below, logs_of, name_of
 from blackbox_kd.student.student import Student
 from blackbox_kd.student.trainer import DistillationTrainer, SoftCollator, TrlConfig, check_soft, dataset
 from blackbox_kd.types import Prompt, scorer
@@ -48,6 +50,8 @@ class Row(NamedTuple):
 
     rendered: Rendered
     soft: SoftLabels | None
+    completion_id: str = ""
+    """Whose text it is."""
 
 
 async def run(project: Project) -> dict[str, Any]:
@@ -70,16 +74,18 @@ async def run(project: Project) -> dict[str, Any]:
         )
     say(f"sft: {len(train_rows)} train and {len(dev_rows)} dev rows")
     work = run_dir.path / "trainer"
-    seen = [(completion_id, row.soft is not None) for (_, completion_id, _), row in zip(answers, rows, strict=True)]
+    seen = [(row.completion_id, row.soft is not None) for row in rows]
     keep_if_same(work, settings | {"rows": content_id(seen)})
     trainer = build_trainer(student, config, train_rows, dev_rows, work)
-    trainer.add_callback(_Looks(Looks(project, student)))
+    trainer.add_callback(_Looks(Looks(project, student, partial(report, trainer))))
     with counting("sft", trainer_steps(trainer)) as progress:
         trainer.add_callback(_Progress(progress))
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
     with run_dir.committing("sft", settings) as folder:
         student.save(folder)
-        write_card(folder, project, "sft", f"SFT on {len(train_rows)} teacher answers", student.config.model)
+        data = {"teacher answers learnt": len(train_rows), "kept aside for the dev loss": len(dev_rows)}
+        how = f"sequence-level stage, {trainer.state.global_step} optimiser steps"
+        write_card(folder, project, "sft", how, data, [row.completion_id for row in train_rows])
     project.log("sft", metric_rows(trainer.state.log_history))
     project.log("sft", [{"checkpoint": "sft", "name": name, "value": value} for name, value in coverage.items()])
     shutil.rmtree(work)
@@ -104,9 +110,10 @@ def training_answers(project: Project) -> list[Answer]:
 
 def labelled(project: Project, student: Student, answers: Sequence[Answer]) -> tuple[list[Row], dict[str, float]]:
     """A row for each answer, with its soft labels where they are wanted and there; how much of it they cover."""
+    ids = [completion_id for _, completion_id, _ in answers]
     rendered = [student.renderer.render(prompt.messages, text) for prompt, _, text in answers]
     if not project.config.sft.soft_labels:
-        return [Row(each, None) for each in rendered], {}
+        return [Row(each, None, i) for each, i in zip(rendered, ids, strict=True)], {}
     model = project.config.teacher.model
     by = scorer(model, project.teacher.context.context_hash)
     texts = [(completion_id, text) for _, completion_id, text in answers]
@@ -117,7 +124,7 @@ def labelled(project: Project, student: Student, answers: Sequence[Answer]) -> t
         shown = ", ".join(f"{name} {value:.3f}" for name, value in coverage.items())
         tokenizer = "the teacher's tokenizer is the student's" if found.same else "across tokenizers"
         say(f"sft: {with_labels} of {len(answers)} answers have soft labels ({shown}; {tokenizer})")
-    return [Row(*each) for each in zip(rendered, found.labels, strict=True)], coverage
+    return [Row(*each) for each in zip(rendered, found.labels, ids, strict=True)], coverage
 
 
 def keep_if_same(work: Path, settings: dict[str, Any]) -> None:
@@ -162,7 +169,8 @@ def trainer_config(config: Config, work: Path, *, has_dev: bool) -> TrlConfig:
         "output_dir": str(work),
         "seed": config.seed,
         "max_length": config.student.max_length,
-        "report_to": "none",
+        "report_to": config.report_to,
+        "run_name": name_of(config.run_dir, "sft"),
         "logging_steps": 5,
         "save_strategy": "epoch",
         "save_total_limit": 2,
@@ -185,7 +193,9 @@ def trainer_config(config: Config, work: Path, *, has_dev: bool) -> TrlConfig:
         for key, value in config.sft.trainer.items()
     }
     with _one_line():
-        return TrlConfig(**{**defaults, **given})
+        args = TrlConfig(**{**defaults, **given})
+    integrations(args.report_to)
+    return args
 
 
 @contextmanager
@@ -238,11 +248,17 @@ def build_trainer(
             callbacks=stopping,
             soft_loss=config.sft.soft,
         )
+    log_below(trainer.callback_handler.callbacks, logs_of(config.run_dir, "sft"))  # `work` does not stay
     for talkative in (PrinterCallback, ProgressCallback):  # they print to stdout, which is for results
         trainer.remove_callback(talkative)
     check_rows(train, trainer.train_dataset)
     check_rows(dev, trainer.eval_dataset or ())
     return trainer
+
+
+def report(trainer: DistillationTrainer, step: int, values: dict[str, float]) -> None:
+    """Numbers that are not the trainer's own go to where `report_to` sends those."""
+    trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, values)
 
 
 def check_rows(ours: Sequence[Row], theirs: Iterable[dict[str, Any]]) -> None:

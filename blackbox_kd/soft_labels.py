@@ -10,7 +10,7 @@ import numpy as np
 from blackbox_kd.align import Aligner, SoftLabels, StudentVocab, learn_end_ids, same_tokenizer
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.errors import AlignmentError, ModelError
-from blackbox_kd.progress import say
+from blackbox_kd.progress import counting, say
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.student.vocabulary import student_vocab
 from blackbox_kd.types import TeacherTokens, VocabToken
@@ -128,13 +128,15 @@ def learnt(vocab: Mapping[int, VocabToken], student: StudentVocab, answers: Sequ
 def aligned(aligner: Aligner, answers: Sequence[Scored | None]) -> Labelled:
     """Soft labels of each; what cannot be aligned has none, and is said."""
     labels, wrong = list[SoftLabels | None](), list[str]()
-    for answer in answers:
-        labels.append(None)
-        if answer is not None:
-            try:
-                labels[-1] = aligner.align(*answer)
-            except AlignmentError as error:
-                wrong.append(str(error))
+    with counting("aligning", len(answers)) as progress:
+        for answer in answers:
+            labels.append(None)
+            if answer is not None:
+                try:
+                    labels[-1] = aligner.align(*answer)
+                except AlignmentError as error:
+                    wrong.append(str(error))
+            progress.advance()
     if wrong:
         say(f"soft labels: {len(wrong)} of {len(answers)} answers have none, their tokens do not fit ({wrong[0]})")
     z = surprise_z(answer[1] for answer in answers if answer is not None)

@@ -21,6 +21,7 @@ from rich.table import Table
 from blackbox_kd.command import OneLineParser, guarded
 from blackbox_kd.corpus import query
 from blackbox_kd.errors import ConfigError
+from blackbox_kd.progress import busy
 
 
 def add_corpus_flag(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +81,8 @@ def main(argv: list[str] | None = None) -> int:
     flags = parser.parse_args(argv)
 
     def body() -> int:
-        columns, rows = query(corpus_of(flags.corpus), flags.query)
+        with busy("asking the corpus"):
+            columns, rows = query(corpus_of(flags.corpus), flags.query)
         if flags.json:
             for row in rows:
                 print(json.dumps(dict(zip(columns, row, strict=True)), default=str, ensure_ascii=False))

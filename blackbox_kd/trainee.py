@@ -22,6 +22,7 @@ from blackbox_kd.rollout import Writer
 from blackbox_kd.settings import Config
 from blackbox_kd.student.ranks import Ranks
 from blackbox_kd.student.render import IGNORE, Rendered
+from blackbox_kd.student.reporting import Report
 from blackbox_kd.student.student import Student
 from blackbox_kd.student.update import Updater
 from blackbox_kd.types import Prompt, Rollout, TrainSample
@@ -50,7 +51,8 @@ class Trainee:
         self.done = checkpoints(project).index(start.name)
         self.ranks, self.updater = ranks, updater_of(project.config, student, start, ranks)
         self.replay = Replay(project, student.renderer)
-        self.looks = Looks(project, student)
+        self.report = Report(project.config.report_to, project.config.run_dir, "onpolicy", student.model)
+        self.looks = Looks(project, student, lambda _, values: self.report.log(self.updater.steps, values))
 
     def write(self, round_: int) -> list[Rollout]:
         """The rollouts of a round, by the policy of `max_staleness` rounds before the one that they could have had.
@@ -96,14 +98,21 @@ class Trainee:
         task = samples, phase_seed(seed, round_, "update")
         self.ranks.share(task)
         steps = self.updater.run(*task, after_step)
+        for step, values in enumerate(steps, self.updater.steps - len(steps) + 1):
+            self.report.log(step, values)
+        self.report.log(self.updater.steps, {**outcome.metrics, **metrics})
         with run_dir.committing(name, project.settings_of(name)) as folder:
             student.save(folder)
             self.updater.save(folder / OPTIMIZER_FILE)
             for file, content in outcome.state.items():
                 (folder / file).write_bytes(content)
-            write_card(
-                folder, project, name, f"on-policy `{loop.algorithm.name}`, round {round_}", student.config.model
-            )
+            how = f"on-policy `{loop.algorithm.name}`, round {round_}, {len(steps)} optimiser steps"
+            data = {
+                "rollouts": len(rollouts),
+                "samples made of feedback": len(outcome.samples),
+                "teacher answers replayed": len(replayed),
+            }
+            write_card(folder, project, name, how, data, [sample.sample_id for sample in samples])
         project.log("onpolicy", metric_rows(name, round_, metrics, steps))
         student.policy, self.done = student.policy_of(run_dir.checkpoint(name)), round_
         say(f"onpolicy: {name}: {len(rollouts)} rollouts, {len(outcome.feedback)} with feedback, "

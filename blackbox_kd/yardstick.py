@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -176,11 +176,13 @@ class Looks:
     They change nothing: no draw, no gradient, and the model goes on in the mode that it was in.
     """
 
-    def __init__(self, project: Project, student: Student) -> None:
-        """Raises:
-        AlignmentError: see `Yardstick`.
+    def __init__(self, project: Project, student: Student, report: Callable[[int, dict[str, float]], None]) -> None:
+        """`report` is told a step and the values by name.
+
+        Raises:
+            AlignmentError: see `Yardstick`.
         """
-        self._project, self._student = project, student
+        self._project, self._student, self._report = project, student, report
         self._every = project.config.evaluate.every_steps or 0
         fixed = captured(project) if self._every else None
         self._yardstick = Yardstick(project, student, fixed) if fixed and fixed.answers else None
@@ -190,7 +192,9 @@ class Looks:
     def after(self, step: int, stage: str, **where: Any) -> None:
         """Metric rows of `stage`, if it is time."""
         if self._yardstick and step % self._every == 0:
-            self._project.log(stage, self._yardstick.rows(self._student, step=step, **where))
+            rows = self._yardstick.rows(self._student, step=step, **where)
+            self._project.log(stage, rows)
+            self._report(step, {f"eval_{row['split']}_{row['name']}": row["value"] for row in rows})
 
 
 def _deciles(soft: SoftLabels | None, targets: Sequence[int]) -> np.ndarray:

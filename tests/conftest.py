@@ -62,24 +62,59 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def project_file(tmp_path: Path, tiny_model: Path, write_jsonl: Callable[..., Path]) -> Path:
+def project_file(tmp_path: Path, tiny_model: Path) -> Path:
     """A whole project on a tiny student and a scripted teacher; seconds for everything."""
+    return write_project(tmp_path, tiny_model)
+
+
+@pytest.fixture(scope="session")
+def finished_runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A folder in which `project_file`'s project has run as runs/quickstart, and runs/afresh on the same corpus.
+
+    Copy it before writing into it.
+    """
+    from contextlib import chdir
+
+    from blackbox_kd.__main__ import main
+
+    folder = tmp_path_factory.mktemp("finished")
+    command = ["run", "--config", str(write_project(folder, tiny_model)), "--sft.trainer.logging_steps", "1"]
+    train = folder / "data" / "train.jsonl"
+    train.write_text('{"prompt": "Call Zoe today"}\n' + train.read_text())
+    command += ["--corpus", "runs/quickstart/corpus.duckdb", "--evaluate.every_steps", "2"]
+    with chdir(folder):
+        assert (
+            main(
+                [*command, "--run_dir", "runs/afresh", "--onpolicy.algorithm.mode", "afresh", "--onpolicy.rounds", "1"]
+            )
+            == 0
+        )
+        assert main([*command, "--run_dir", "runs/quickstart"]) == 0
+    return folder
+
+
+def write_project(folder: Path, student: Path) -> Path:
+    """Prompts, template and config in a folder; the path of the config."""
+    import json
+
+    (folder / "data").mkdir()
     for split, count in (("train", 12), ("heldout", 4), ("ood", 3), ("holdback", 3)):
-        write_jsonl(f"data/{split}.jsonl", [{"prompt": f"Say {split} {i}"} for i in range(count)])
-    (tmp_path / "rewrite.md.j2").write_text("{{ prompt }} instead of: {{ draft }}")
+        rows = [{"prompt": f"Say {split} {i}"} for i in range(count)]
+        (folder / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rewrite.md.j2").write_text("{{ prompt }} instead of: {{ draft }}")
     config = {
         "seed": 1,
-        "run_dir": str(tmp_path / "run"),
-        "prompts": {"path": str(tmp_path / "data")},
+        "run_dir": str(folder / "run"),
+        "prompts": {"path": str(folder / "data")},
         "teacher": {"provider": "scripted", "reply": "one {{ text.split()[2] if text.split()|length > 2 else 'two' }}"},
         "sample": {"max_prompts": 6, "max_completion_length": 16},
-        "student": {"model": str(tiny_model), "device": "cpu", "lora": {"r": 4}},
+        "student": {"model": str(student), "device": "cpu", "lora": {"r": 4}},
         "sft": {
             "dev_fraction": 0.3,
             "trainer": {"learning_rate": 1e-3, "num_train_epochs": 2, "per_device_train_batch_size": 2},
         },
         "onpolicy": {
-            "algorithm": {"name": "relabel", "template": str(tmp_path / "rewrite.md.j2")},
+            "algorithm": {"name": "relabel", "template": str(folder / "rewrite.md.j2")},
             "rounds": 2,
             "prompts_per_round": 3,
             "max_completion_length": 8,
@@ -89,6 +124,6 @@ def project_file(tmp_path: Path, tiny_model: Path, write_jsonl: Callable[..., Pa
     }
     import yaml
 
-    path = tmp_path / "project.yaml"
+    path = folder / "project.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     return path

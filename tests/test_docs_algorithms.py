@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,28 +11,16 @@ from pathlib import Path
 import pytest
 
 from blackbox_kd.corpus import query
+from tests.pages import PAGES, blocks, install, marked
 
-DOC = (Path(__file__).parent.parent / "docs" / "algorithms.md").read_text("utf-8")
-
-
-def fenced(language: str, text: str) -> str:
-    found = re.search(rf"```{language}\n(.*?)```", text, re.DOTALL)
-    assert found
-    return found.group(1)
+DOC = PAGES["docs/algorithms.md"]
 
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """A folder with the module of the documentation, as a package manager would have put it there."""
-    folder = tmp_path / "site"
-    metadata = folder / "longest-1.0.dist-info"
-    metadata.mkdir(parents=True)
-    (folder / "longest.py").write_text(fenced("python", DOC))
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: longest\nVersion: 1.0\n")
-    entry = re.search(r'"(.*?)"\]\n(.*)', fenced("toml", DOC))
-    assert entry
-    (metadata / "entry_points.txt").write_text(f"[{entry.group(1)}]\n{entry.group(2).replace(chr(34), '')}\n")
-    return folder
+    """The module of the documentation as a package."""
+    (block,) = blocks("toml", "docs/algorithms.md")
+    return install(tmp_path / "site", "longest", marked("longest.py"), block.text)
 
 
 def test_its_tables_are_those_of_the_benchmark() -> None:
@@ -44,7 +31,7 @@ def test_its_tables_are_those_of_the_benchmark() -> None:
 
 
 def test_it_takes_at_most_30_lines() -> None:
-    assert sum(bool(line.strip()) for line in fenced("python", DOC).splitlines()) <= 30
+    assert sum(bool(line.strip()) for line in marked("longest.py").splitlines()) <= 30
 
 
 def test_an_algorithm_from_outside_runs_the_whole_loop(project_file: Path, installed: Path) -> None:

@@ -28,6 +28,7 @@ from transformers.utils import logging as hf_logging
 from blackbox_kd.config import DiscriminatorConfig, StudentConfig
 from blackbox_kd.errors import ModelError, TrainingError
 from blackbox_kd.losses import bradley_terry
+from blackbox_kd.progress import counting
 from blackbox_kd.student.load import model_source, pick_device, pick_dtype
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.student.student import seeded
@@ -114,14 +115,16 @@ class Discriminator:
             TrainingError: it is not a number.
         """
         losses, parameters = [], self.optimizer.param_groups[0]["params"]
-        for batch in islice(_batches(pairs, self.config.batch_size, seed), steps):
-            scores_B = self._scores([*(pair.teacher for pair in batch), *(pair.student for pair in batch)])
-            loss = bradley_terry(*scores_B.chunk(2)).loss
-            loss.backward()  # type: ignore[no-untyped-call]
-            clip_grad_norm_(parameters, MAX_GRAD_NORM)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            losses.append(float(loss.detach()))
+        with counting("discriminator", steps) as progress:
+            for batch in islice(_batches(pairs, self.config.batch_size, seed), steps):
+                scores_B = self._scores([*(pair.teacher for pair in batch), *(pair.student for pair in batch)])
+                loss = bradley_terry(*scores_B.chunk(2)).loss
+                loss.backward()  # type: ignore[no-untyped-call]
+                clip_grad_norm_(parameters, MAX_GRAD_NORM)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                losses.append(float(loss.detach()))
+                progress.advance(note=f"loss {losses[-1]:.3f}")
         mean = sum(losses) / len(losses)
         if not math.isfinite(mean):
             raise TrainingError(f"the discriminator's loss is {mean}: lower its learning_rate")

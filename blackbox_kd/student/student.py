@@ -19,7 +19,7 @@ from blackbox_kd.align import SoftLabels
 from blackbox_kd.config import LoraSection, StudentConfig
 from blackbox_kd.errors import AlignmentError, ModelError
 from blackbox_kd.losses import divergence, token_logprobs
-from blackbox_kd.progress import counting
+from blackbox_kd.progress import busy, counting
 from blackbox_kd.run_dir import policy_of
 from blackbox_kd.student.load import base_id, end_ids, load_base
 from blackbox_kd.student.render import IGNORE, Rendered, Renderer
@@ -51,7 +51,8 @@ class Student:
             AlignmentError: the chat template and the tokenizer do not agree, see `Renderer`.
         """
         self.config = config
-        base, tokenizer = load_base(config)
+        with busy(f"loading {config.model}"):
+            base, tokenizer = load_base(config)
         self._base_id = base_id(config.model, base)
         self.renderer = Renderer(tokenizer, end_ids(base, tokenizer))
         # What a model ships (repetition penalty, top_k, ...) would make its samples draws from another policy.
@@ -154,7 +155,7 @@ class Student:
         """
         found: list[TokenScores] = []
         soft = soft or [None] * len(rows)
-        with _evaluating(self.model):
+        with _evaluating(self.model), counting("student reads", len(rows)) as progress:
             for start in range(0, len(rows), batch_size):
                 batch, labels = rows[start : start + batch_size], soft[start : start + batch_size]
                 input_ids, mask = self.pad([row.input_ids for row in batch], "right")
@@ -164,6 +165,7 @@ class Student:
                 logits_BTV = logits_from(self.model, input_ids, mask, first)
                 targets_BT = targets_BT[:, first:].to(self.device)
                 found += [_scores(*each, k) for each in zip(logits_BTV, targets_BT, labels, strict=True)]
+                progress.advance(len(batch))
         return found
 
     def pad(self, rows: Sequence[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:

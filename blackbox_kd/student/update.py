@@ -43,6 +43,11 @@ class Updater:
         if state is not None:
             self.optimizer.load_state_dict(torch.load(state, map_location=student.device, weights_only=True))
 
+    @property
+    def steps(self) -> int:
+        """Optimiser steps so far, those of earlier rounds among them."""
+        return max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
+
     def save(self, path: Path) -> None:
         """The optimiser's state."""
         torch.save(self.optimizer.state_dict(), path)
