@@ -30,7 +30,7 @@ from typing import Any
 from blackbox_kd import curate, health, probe
 from blackbox_kd.algorithms.base import Algorithm, Outcome
 from blackbox_kd.command import stage_main
-from blackbox_kd.errors import ConfigError, GateFailed, TeacherError
+from blackbox_kd.errors import ConfigError, GateFailed
 from blackbox_kd.lane import Lane
 from blackbox_kd.progress import console, say
 from blackbox_kd.project import Project
@@ -113,24 +113,11 @@ async def ask(
         before.result()
     outcome = await algorithm.feedback(rollouts, round_)
     project.corpus.add_feedback(outcome.feedback, round_=round_, run_id=project.run_id)
-    check(outcome, project.config.onpolicy.max_failed_feedback)
+    outcome.check(project.config.onpolicy.max_failed_feedback)
     # Before the update: a round that a gate stops is to be looked at, too, and the next round may be asked by then.
     project.log("onpolicy", metric_rows(checkpoints(project)[round_], round_, outcome.metrics, []))
     check_judges(project, round_)
     return rollouts, outcome
-
-
-def check(outcome: Outcome, limit: float) -> None:
-    """Stop where too little of the feedback can be used.
-
-    Raises:
-        TeacherError: the share of failures is above the limit.
-    """
-    if outcome.failed > limit * outcome.asked:
-        raise TeacherError(
-            f"{outcome.failed} of {outcome.asked} replies could not be used (missing, empty or cut off), the limit is "
-            f"{limit:.0%}; look at `select text, finish_reason from completions`, or raise max_completion_length"
-        )
 
 
 def check_judges(project: Project, round_: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from blackbox_kd.align import SoftLabels
 from blackbox_kd.config import Section, SoftLossConfig, StudentConfig
-from blackbox_kd.errors import AlignmentError
+from blackbox_kd.errors import AlignmentError, TeacherError
 from blackbox_kd.lane import Lane
 from blackbox_kd.student.render import IGNORE, Rendered, Renderer
 from blackbox_kd.teachers.base import Capabilities
@@ -34,6 +34,18 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """What is worth a look in each round."""
     state: dict[str, bytes] = {}
     """Files that the next round's feedback starts from; they are kept with the round's checkpoint."""
+
+    def check(self, limit: float) -> None:
+        """Stop where too little of the feedback can be used.
+
+        Raises:
+            TeacherError: the share of failures is above the limit.
+        """
+        if self.failed > limit * self.asked:
+            raise TeacherError(
+                f"{self.failed} of {self.asked} replies could not be used (missing, empty or cut off), the limit is "
+                f"{limit:.0%}; look at `select text, finish_reason from completions`, or raise max_completion_length"
+            )
 
 
 class Tools(NamedTuple):

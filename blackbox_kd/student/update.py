@@ -95,7 +95,7 @@ class Updater:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         if not math.isfinite(metrics["loss"]) or not math.isfinite(float(norm)):
             raise TrainingError(
-                f"loss {metrics['loss']} with gradient norm {float(norm)}: lower onpolicy.learning_rate"
+                f"loss {metrics['loss']} with gradient norm {float(norm)}: lower onpolicy.update.learning_rate"
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
