@@ -123,7 +123,7 @@ def test_an_update_that_fails_ends_the_round_that_is_asked_meanwhile(
     flags = ["--onpolicy.update.learning_rate", "1e30", "--onpolicy.update.num_epochs", "3"]
     started = threading.active_count()
     assert main(onpolicy(trained, "run", *flags, *PIPELINED)) == 2
-    assert "lower onpolicy.learning_rate" in capsys.readouterr().err
+    assert "lower onpolicy.update.learning_rate" in capsys.readouterr().err
     assert threading.active_count() <= started + 1  # the lane waits for jobs, and ends with the process
     assert rows(trained, "select count(*) from completions where round = 2 and author = 'student'") == [(3,)]
 
