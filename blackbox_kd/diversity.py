@@ -5,7 +5,8 @@
 `repetition`                share of an answer's 4-grams of words that stand in it before, mean over answers (seq-rep-4
                             of Welleck et al. 2020, on words, so that teacher and student compare).
 `entropy`                   nats a token of the writer's own next-token distribution along its answers. From the
-                            `evaluate.top_logprobs` likeliest with all the rest as one outcome: never above the whole.
+                            `evaluate.top_logprobs` likeliest with all the rest as one outcome, of both alike: a lower
+                            bound. Tokens of two tokenizers do not compare.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from blackbox_kd.yardstick import FIXED_SPLITS, FixedSet, Metrics, interval
 if TYPE_CHECKING:  # with torch
     from blackbox_kd.project import Project
     from blackbox_kd.rollout import Writer
-    from blackbox_kd.student.render import Renderer
+    from blackbox_kd.student.render import Rendered, Renderer
 
 REPEATED = 4
 """Words of what counts as repeated."""
+TOP = 20
+"""Of the student's likeliest tokens, where the teacher shows none."""
 NORMAL_95 = 1.959964
 """Standard deviations on either side."""
 
@@ -43,10 +46,10 @@ class Diversity:
 
     def measure(self, writer: Writer) -> Metrics:
         """Of a student that draws an answer to each; they are rows like all others."""
-        prompts = [answer.prompt for answers in self._answers.values() for answer in answers]
-        drawn = writer.rollouts(prompts) if prompts else []
-        k = self._config.top_logprobs
-        return self._metrics([(r.prompt, r.completion.text, cut(r.top, k)) for r in drawn])
+        drawn = writer.answers([answer.prompt for answers in self._answers.values() for answer in answers])
+        rows = [scored_row(writer.student.renderer, prompt, completion) for prompt, completion in drawn]
+        scores = writer.student.score(rows, batch_size=writer.batch_size, k=self._config.top_logprobs or TOP)
+        return self._metrics([(p, c.text, each.top) for (p, c), each in zip(drawn, scores, strict=True)])
 
     def teacher(self, renderer: Renderer) -> Metrics:
         """Of the teacher's fixed answers; its `length` is that of the greedy ones in the student's tokens."""
@@ -72,9 +75,10 @@ class Diversity:
         return found
 
 
-def cut(top: TopK, k: int | None) -> TopK:
-    """The k likeliest of each place; all of them where the teacher shows none."""
-    return TopK(top.ids[:, :k], top.logprobs[:, :k]) if k else top
+def scored_row(renderer: Renderer, prompt: Prompt, completion: Completion) -> Rendered:
+    """A prompt and its answer; the end of one that was cut off was not drawn, and does not count."""
+    ids = renderer.completion(completion.text)
+    return renderer.join(renderer.prompt(prompt.messages), ids if completion.finish_reason == "stop" else ids[:-1])
 
 
 def spread(answers: Sequence[tuple[str, TopK | None]], samples: int) -> dict[str, Interval]:

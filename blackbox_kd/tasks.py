@@ -116,7 +116,7 @@ def gates(limits: Mapping[str, float], checkpoint: str, metrics: Mapping[str, An
 def gate_line(name: str, gate: Mapping[str, Any]) -> str:
     """One gate, for a person."""
     drop = f"{gate['drop']:.3g} [{gate['lo']:.3g}, {gate['hi']:.3g}]"
-    return f"task {name}: {gate['checkpoint']} is {drop} below base, the limit is {gate['limit']:g}"
+    return f"task {name}: {gate['checkpoint']} drops by {drop} from base, the limit is {gate['limit']:g}"
 
 
 def passed(summary: Mapping[str, Any]) -> None:

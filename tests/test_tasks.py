@@ -57,7 +57,9 @@ def test_a_failed_gate_says_task_drop_limit_checkpoint_and_what_to_do() -> None:
     with pytest.raises(GateFailed) as raised:
         passed(summary)
     said = str(raised.value)
-    assert said.startswith("gate: task t: round-2 is 0.25 [0.15, 0.35] below base, the limit is 0.1. Use an earlier")
+    assert said.startswith(
+        "gate: task t: round-2 drops by 0.25 [0.15, 0.35] from base, the limit is 0.1. Use an earlier"
+    )
     assert "\n" not in said
     passed({"gate": gates({"t": 0.3}, "round-2", drop(0.25))})
     passed({})
@@ -128,9 +130,9 @@ def test_a_checkpoint_that_forgets_fails_its_gate_with_5_when_all_is_written(
 ) -> None:
     assert main(["evaluate", *forgetful, "--evaluate.gate", "{mine: 0.2}"]) == 5
     said = capsys.readouterr()
-    assert said.err.strip().splitlines()[-1].startswith("error: gate: task mine: sft is ")
+    assert said.err.strip().splitlines()[-1].startswith("error: gate: task mine: sft drops by ")
     assert "task_mine_drop" in said.out
-    assert "gate      FAILED: task mine: sft is " in said.out
+    assert "gate      FAILED: task mine: sft drops by " in said.out
 
     file = forgetful[1]
     right, drops = values(file, "task_mine"), values(file, "task_mine_drop")
