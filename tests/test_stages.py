@@ -43,6 +43,7 @@ def test_run_goes_from_prompts_to_a_table(project_file: Path, capsys: pytest.Cap
         expected = {"chrf", "exact", "length"}
         if checkpoint["split"] != "holdback":
             expected |= {"teacher_nll", "tail_kl", "coverage", "captured_mass", "ambiguous_mass"}
+            expected |= {"distinct_1", "distinct_2", "repetition", "entropy"}
         assert {name for name in checkpoint["metrics"] if "decile" not in name} == expected
         for metric in checkpoint["metrics"].values():
             assert metric["lo"] <= metric["value"] <= metric["hi"]
