@@ -106,6 +106,9 @@ def guarded(body: Callable[[], int], *, debug: bool) -> int:
         return INTERRUPTED
 
 
+Verdict = Callable[[dict[str, Any]], None]
+"""Raises where a stage's result must not be used; it is printed by then."""
+
 Follow = Callable[[Config], None]
 """The part of a stage in every process of a launcher but the first."""
 
@@ -117,6 +120,7 @@ def stage_main(
     argv: Sequence[str] | None = None,
     *,
     show: Show | None = None,
+    verdict: Verdict | None = None,
     follow: Follow | None = None,
 ) -> int:
     """Parse, open the project, run one stage, print its result (as JSON, or by `show`); returns the exit code.
@@ -137,6 +141,8 @@ def stage_main(
                 print(json.dumps(result, ensure_ascii=False))
             elif show is not None:
                 show(project, result)
+        if verdict is not None:
+            verdict(result)
         return 0
 
     return guarded(body, debug=flags.debug)

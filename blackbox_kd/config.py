@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources, util
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
@@ -196,6 +196,22 @@ class DiscriminatorConfig(Section):
     """Share of prompts that it never learns from; its accuracy is measured there."""
 
 
+class LmEvalConfig(Section):
+    """Tasks of lm-evaluation-harness, for the base model and the last checkpoint: `pip install 'blackbox-kd[lm-eval]'`.
+
+    Most of them fetch their data sets from the hub.
+    """
+
+    tasks: list[str] = Field(min_length=1)
+    """Names of tasks or groups; `lm-eval ls tasks` lists them."""
+    limit: int | None = Field(None, ge=1)
+    """The first so many questions of each task; null: all."""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Solved examples before each question; null: as the task says."""
+    include_path: str | None = None
+    """A folder with task files of your own."""
+
+
 class EvaluateConfig(Section):
     """How checkpoints are compared."""
 
@@ -207,6 +223,24 @@ class EvaluateConfig(Section):
     bootstrap_samples: int = Field(2000, ge=100)
     every_steps: int | None = Field(50, ge=1)
     """Optimiser steps of `sft`, or of a round of `onpolicy`, from one look at the fixed set to the next; null: none."""
+    diversity_prompts: int = Field(64, ge=0)
+    """The first so many prompts of heldout and of ood: checkpoints answer them at temperature 1, too."""
+    tasks: dict[str, str] = {}
+    """What must not be forgotten: a name and a JSONL file of prompts with checkers, for each task."""
+    lm_eval: LmEvalConfig | None = None
+    gate: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
+    """By task: how far the last checkpoint's share of right answers may be below the base model's; beyond it the
+    command ends with exit code 5."""
+
+    @model_validator(mode="after")
+    def _gates_have_tasks(self) -> Self:
+        harness = self.lm_eval.tasks if self.lm_eval else []
+        if twice := sorted(self.tasks.keys() & set(harness)):
+            raise ValueError(f"{twice[0]!r} is a task in tasks and in lm_eval.tasks; rename the one in tasks")
+        if unknown := sorted(self.gate.keys() - self.tasks.keys() - set(harness)):
+            known = ", ".join([*self.tasks, *harness]) or "none"
+            raise ValueError(f"gate: there is no task {unknown[0]!r} (known: {known})")
+        return self
 
 
 class _Loader(yaml.SafeLoader):
@@ -357,13 +391,13 @@ def _locate(model: type[BaseModel], loc: Sequence[int | str]) -> tuple[type[Base
 
 def _hint(model: type[BaseModel], section: type[BaseModel], keys: list[str]) -> str:
     """What an unknown key may have meant: a key of its section, else one of another."""
-    parent = ".".join(keys[:-1])
-    if close := difflib.get_close_matches(keys[-1], section.model_fields, n=1):
+    parent, fields = ".".join(keys[:-1]), [info.alias or name for name, info in section.model_fields.items()]
+    if close := difflib.get_close_matches(keys[-1], fields, n=1):
         return f"; did you mean {'.'.join([*keys[:-1], close[0]])!r}?"
     elsewhere = [key for key, _ in walk(model) if key.rpartition(".")[2] == keys[-1]]
     if elsewhere:
         return f"; did you mean {elsewhere[0]!r}?"
-    return f"; known {f'in {parent}' if parent else 'here'}: {', '.join(sorted(section.model_fields))}"
+    return f"; known {f'in {parent}' if parent else 'here'}: {', '.join(sorted(fields))}"
 
 
 def _members(annotation: Any) -> list[type[BaseModel]]:

@@ -26,6 +26,9 @@ FEWEST_CRITERIA, MOST_CRITERIA = 4, 12
 BEST_GRADE = 9
 """Of a grade without a rubric; the worst is 0 (OVD, 2601.21968)."""
 
+_POINTS = {"answer_1": 1.0, "answer_2": 0.0, "tie": 0.5}
+"""Of the answer that is shown first."""
+
 T = TypeVar("T")
 
 
@@ -99,6 +102,19 @@ def grades_format(answers: int) -> dict[str, Any]:
     """`response_format` of a grade for each of so many answers."""
     grade = {"type": "integer", "enum": list(range(BEST_GRADE + 1))}
     return _format("grades", _object(dict.fromkeys(_keys(answers), grade)))
+
+
+def better_format() -> dict[str, Any]:
+    """`response_format` of which of two answers is better."""
+    return _format("better", _object({"better": {"type": "string", "enum": list(_POINTS)}}))
+
+
+def read_better(text: str) -> float | None:
+    """Of the answer that was shown first: 1 where it is the better one, 0 where the other is, 0.5 for a tie; None where
+    the reply is no such verdict.
+    """
+    found = _read(text, dict[str, str])
+    return _POINTS.get(found["better"]) if found is not None and found.keys() == {"better"} else None
 
 
 def read_rubric(text: str) -> list[Criterion] | None:

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from blackbox_kd.command import config_of, guarded, parser
-from blackbox_kd.corpus.history import History, history, known, probed
+from blackbox_kd.corpus.history import History, history, judged, known, probed
 from blackbox_kd.hashing import canonical_json
 from blackbox_kd.progress import counting
 from blackbox_kd.project import sample_questions, settled
@@ -30,7 +30,8 @@ from blackbox_kd.status import duration, money
 from blackbox_kd.teachers.base import Capabilities, PriceConfig, TeacherConfig
 from blackbox_kd.teachers.prices import price_of
 from blackbox_kd.teachers.teacher import Questions
-from blackbox_kd.types import Purpose, Request, Usage
+from blackbox_kd.types import Prompt, Purpose, Request, Usage
+from blackbox_kd.winrate import Pair, Pairwise, most_questions
 from blackbox_kd.yardstick import FIXED_SPLITS, fixed_questions
 
 CHUNK = 2000
@@ -151,6 +152,22 @@ def count_onpolicy(
     )
 
 
+def count_win_rate(config: Config, judge: TeacherConfig, fixed: Sequence[Prompt], per_byte: float) -> Count:
+    """The questions to `evaluate.judge`, at most: a pair of equal answers is not asked about."""
+    asked = Pairwise(config.evaluate, Questions(judge))
+    sizes = [size(both[0]) for prompt in fixed if (both := asked.requests(Pair(prompt, "", "-")))]
+    questions = most_questions(len(fixed), config.onpolicy.rounds + 2)
+    cached = min(questions, judged(config.corpus_path, judge.model, [prompt.prompt_id for prompt in fixed]))
+    per_prompt = per_byte * sum(sizes) / max(1, len(sizes)) + 2 * config.evaluate.max_completion_length
+    return Count(
+        questions=questions,
+        cached=cached,
+        to_ask=questions - cached,
+        prompt_tokens=(questions - cached) * per_prompt,
+        longest=(questions - cached) * config.evaluate.judge_max_completion_length,
+    )
+
+
 def mean_of(by_purpose: dict[str, float]) -> float | None:
     """Over the purposes that only algorithms have; None where no such call has been seen."""
     found = [mean for purpose, mean in by_purpose.items() if purpose not in OTHER_STAGES]
@@ -208,6 +225,10 @@ def plan(config: Config) -> dict[str, Any]:
     terms = dict.fromkeys(counts, (seen.rate_per_s, price))
     if config.onpolicy.algorithm.needs_judge and config.judge:
         terms["onpolicy"] = None, price_of(config.judge)
+    if judge := config.evaluate.judge:
+        counts["win_rate"] = count_win_rate(config, judge, fixed, per_byte)
+        means["win_rate"] = history(path, judge.model).completion_tokens.get("judge")
+        terms["win_rate"] = None, price_of(judge)
     if config.sample.batch:  # half the price, and as long as the provider likes
         terms["sample"] = None, price and price.in_batches()
     stages = [estimate(name, found, means.get(name), *terms[name]) for name, found in counts.items()]

@@ -22,6 +22,7 @@ from blackbox_kd.teachers.budget import worst_case
 from blackbox_kd.teachers.prices import price_of
 from blackbox_kd.teachers.teacher import Questions, Teacher
 from blackbox_kd.types import Prompt, Request
+from blackbox_kd.winrate import most_questions
 
 
 def settled(config: Config, prompts: PromptSet, can: Capabilities) -> tuple[Config, str]:
@@ -34,7 +35,9 @@ def settled(config: Config, prompts: PromptSet, can: Capabilities) -> tuple[Conf
     def left() -> int | None:
         cap = affordable(config, prompts)
         asked = prompts.count("train", config.sample.max_prompts) * config.sample.draws
-        return None if cap is None else cap - asked - 2 * (prompts.count("heldout") + prompts.count("ood"))
+        fixed = prompts.count("heldout") + prompts.count("ood")
+        judged = most_questions(fixed, loop.rounds + 2) if config.evaluate.judge else 0
+        return None if cap is None else cap - asked - 2 * fixed - judged
 
     in_all = loop.rounds * min(loop.prompts_per_round, prompts.count("train"))
     chosen, why = loop.algorithm.resolve(can, in_all, loop.max_completion_length, left)

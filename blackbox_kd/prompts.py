@@ -214,6 +214,15 @@ def _checked(row: Mapping[str, Any], where: str, default: Split, file: str) -> _
     return _Row(checked, split, str(row.get("source", file)), meta)
 
 
+def prompt_of(row: Mapping[str, Any], where: str, split: Split) -> Prompt:
+    """The prompt of a row of a file without a `split` key, `where` is `file:line`.
+
+    Raises:
+        ConfigError: it is not such a row.
+    """
+    return _checked(row, where, split, Path(where.rpartition(":")[0]).name).prompt()
+
+
 def check_messages(messages: Any, where: str) -> list[Message]:
     """The messages, if they are a non-empty list of `{"role", "content"}` with text in it."""
     if not isinstance(messages, list) or not messages:

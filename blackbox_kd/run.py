@@ -18,6 +18,7 @@ from blackbox_kd.project import Project
 from blackbox_kd.prompts import SPLITS
 from blackbox_kd.student.student import Student
 from blackbox_kd.student.trainer import check_soft
+from blackbox_kd.tasks import passed
 
 
 async def run(project: Project) -> dict[str, Any]:
@@ -42,6 +43,7 @@ def check(project: Project) -> None:
     """Everything that can be known to be wrong before anything is paid."""
     project.prompts.refuse_leaks()
     config = project.config
+    evaluate.check(project)
     args = sft.trainer_config(config, project.run_dir.path / "trainer", has_dev=config.sft.dev_fraction > 0)
     if config.sft.soft_labels and config.sample.top_logprobs:
         check_soft(args)
@@ -74,7 +76,7 @@ next       blackbox-kd sql "select author, round, count(*) from completions grou
 
 def main(argv: list[str] | None = None) -> int:
     """The command."""
-    return stage_main("run", __doc__, run, argv, show=show)
+    return stage_main("run", __doc__, run, argv, show=show, verdict=passed)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,14 @@ class JudgedConfig(EvaluateConfig):
     """How checkpoints are compared, and who looks over the judge's shoulder."""
 
     judge: JudgeChoice = None
-    """Another endpoint than `judge`, that grades a part of each round and is never trained on."""
+    """Another endpoint than `judge`, that grades a part of each round and is never trained on. It also says which of
+    two answers is better, for `win_rate_vs_teacher` and `win_rate_vs_previous`; null: there are none."""
+    judge_is_teacher: bool = False
+    """Whether `judge` may be the teacher's own model; `judge: {same_as: teacher}` says so, too."""
+    pairwise_template: str = "prompts/pairwise.md.j2"
+    """Jinja file of the question which answer is better; it may use {{ prompt }} and {{ answers }}."""
+    judge_max_completion_length: int = Field(1024, ge=1)
+    """Tokens of its reply, reasoning included."""
 
 
 class Config(Section):
@@ -125,7 +132,8 @@ class Config(Section):
             found["judge"] = _spelt_out(found["judge"], "judge", found.get("teacher"))
         if isinstance(section := found.get("evaluate"), Mapping) and "judge" in section:
             other = _spelt_out(section["judge"], "evaluate.judge", found.get("teacher"))
-            found["evaluate"] = {**section, "judge": other}
+            told = isinstance(section["judge"], Mapping) and "same_as" in section["judge"]
+            found["evaluate"] = {**section, "judge": other} | ({"judge_is_teacher": True} if told else {})
         return found
 
     @model_validator(mode="after")
@@ -135,6 +143,11 @@ class Config(Section):
             raise ValueError(
                 f"onpolicy.algorithm {algorithm.name} needs a judge: set judge: {{provider: .., model: ..}}, or "
                 "judge: {same_as: teacher} to let the teacher grade"
+            )
+        if unseen and unseen.is_the_same_as(self.teacher) and not self.evaluate.judge_is_teacher:
+            raise ValueError(
+                f"evaluate.judge: {unseen.model!r} is the teacher itself, which likes its own answers best; name "
+                "another model, or say evaluate.judge: {same_as: teacher}"
             )
         if judge and unseen and judge.model == unseen.model:  # its answers would also be read back as the other's
             raise ValueError(f"evaluate.judge: {unseen.model!r} is the judge itself; name another model, or none")

@@ -32,6 +32,9 @@ if TYPE_CHECKING:  # with torch; `capture` works without it
     from blackbox_kd.project import Project
     from blackbox_kd.student.student import Student, TokenScores
 
+Metrics = dict[Split, dict[str, Interval]]
+"""Of a checkpoint."""
+
 FIXED_SPLITS: tuple[Split, ...] = ("heldout", "ood")
 DECILES = 10
 
@@ -130,7 +133,7 @@ class Yardstick:
         self.bound = self._soft.same
         """Whether `tail_kl` is a lower bound of the true KL."""
 
-    def measure(self, student: Student) -> dict[Split, dict[str, Interval]]:
+    def measure(self, student: Student) -> Metrics:
         """Metrics of each split that has answers, see the module; `tail_kl_decile_N` only where a token falls in it."""
         scores = student.score(self._rows, self._soft.labels, batch_size=self._config.batch_size)
         found = {}

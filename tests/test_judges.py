@@ -77,6 +77,17 @@ def test_same_as_teacher_is_the_teacher_without_its_private_prompt(project_file:
     assert load_config(Config, str(resolved)) == config.model_copy(update={"corpus": config.corpus_path})
 
 
+def test_a_teacher_that_is_told_to_compare_its_own_answers_does(project_file: Path) -> None:
+    config = loaded(project_file, "--evaluate.judge", "{same_as: teacher}")
+    assert config.evaluate.judge is not None
+    with Project(config) as project:
+        again = load_config(Config, str(project.run_dir.path / "config.yaml"))
+    assert again.evaluate == config.evaluate  # also where the resolved config spells it out
+    assert loaded(
+        project_file, "--evaluate", "{judge: {provider: scripted}, judge_is_teacher: true}"
+    ).evaluate.judge_is_teacher
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -88,6 +99,9 @@ def test_same_as_teacher_is_the_teacher_without_its_private_prompt(project_file:
          "evaluate.judge.provider: 'scriptd' is none of openai, local, scripted"),
         ([*SAME, "--evaluate.judge", "{same_as: teacher}"],
          "evaluate.judge: 'scripted' is the judge itself; name another model, or none"),
+        (["--evaluate.judge", "{provider: scripted, concurrency: 2}"],
+         "evaluate.judge: 'scripted' is the teacher itself, which likes its own answers best; name another model, or "
+         "say evaluate.judge: {same_as: teacher}"),
         (["--judge", "teacher"], "judge: should be a section with keys of its own, it is 'teacher'"),
     ],
 )  # fmt: skip

@@ -14,15 +14,16 @@ PACKAGE = Path(__file__).parent.parent / "blackbox_kd"
 # name of a module or package directly below blackbox_kd -> layer (DESIGN: 0 at the bottom, 5 on top)
 LAYERS: dict[str, float] = {
     "errors": 0, "hashing": 0, "types": 0,
-    "config": 1, "run_dir": 1, "prompts": 1, "progress": 1, "near": 1, "leaks": 1, "curation": 1, "corpus": 1,
-    "lane": 1,
+    "config": 1, "run_dir": 1, "prompts": 1, "checkers": 1, "progress": 1, "near": 1, "leaks": 1, "curation": 1,
+    "corpus": 1, "lane": 1,
     "teachers": 2.1, "judging": 2.1,
     "student": 2.2, "losses": 2.2, "align": 2.2,
     "algorithms": 3, "soft_labels": 3, "health": 3, "best_of_n": 3,
     "settings": 4, "project": 4, "command": 4,
     "model_card": 4, "vllm": 4, "rollout": 4, "sample": 4, "sft": 4, "onpolicy": 4, "evaluate": 4, "run": 4,
     "probe": 4, "export": 4, "sql": 4, "status": 4, "serve": 4, "plan": 4, "show": 4, "doctor": 4, "compact": 4,
-    "curate": 4, "yardstick": 4, "replay": 4, "trainee": 4, "report": 4,
+    "curate": 4, "yardstick": 4, "replay": 4, "trainee": 4, "report": 4, "tasks": 4, "diversity": 4, "winrate": 4,
+    "harness": 4,
     "__main__": 5,
 }  # fmt: skip
 

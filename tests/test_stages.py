@@ -43,6 +43,7 @@ def test_run_goes_from_prompts_to_a_table(project_file: Path, capsys: pytest.Cap
         expected = {"chrf", "exact", "length"}
         if checkpoint["split"] != "holdback":
             expected |= {"teacher_nll", "tail_kl", "coverage", "captured_mass", "ambiguous_mass"}
+            expected |= {"distinct_1", "distinct_2", "repetition", "entropy"}
         assert {name for name in checkpoint["metrics"] if "decile" not in name} == expected
         for metric in checkpoint["metrics"].values():
             assert metric["lo"] <= metric["value"] <= metric["hi"]
@@ -60,7 +61,7 @@ def test_run_goes_from_prompts_to_a_table(project_file: Path, capsys: pytest.Cap
     assert "blackbox-kd sql" in shown.out
 
     counts = rows(project_file, "select author, round, count(*) from completions group by all order by all")
-    assert counts == [("student", 0, 20), ("student", 1, 13), ("student", 2, 13), ("teacher", 0, 20),
+    assert counts == [("student", 0, 34), ("student", 1, 20), ("student", 2, 20), ("teacher", 0, 20),
                       ("teacher", 1, 3), ("teacher", 2, 3)]  # fmt: skip
     assert not same(adapter(project_file, "sft"), adapter(project_file, "round-1"))
     assert not same(adapter(project_file, "round-1"), adapter(project_file, "round-2"))

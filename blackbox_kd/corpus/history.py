@@ -88,3 +88,15 @@ def known(path: Path, keys: Sequence[str]) -> tuple[set[str], set[str]]:
             for table in ("answered", "dead_letters")
         )
     return answered, dead - answered
+
+
+def judged(path: Path, model: str, prompt_ids: Sequence[str]) -> int:
+    """Answered questions to a judge about answers to these prompts; 0 where there is no corpus."""
+    if not path.exists():
+        return 0
+    sql = """SELECT count(*) FROM requests SEMI JOIN answered USING (request_key)
+             SEMI JOIN (SELECT unnest(?::UUID[]) AS prompt_id) USING (prompt_id)
+             WHERE purpose = 'judge' AND model = ?"""
+    with connect(path, read_only=True, wait_s=READ_WAIT_S) as con:
+        ((found,),) = con.execute(sql, [list(prompt_ids), model]).fetchall()
+    return int(found)

@@ -195,6 +195,10 @@ class TeacherConfig(Section):
             raise ValueError(f"{error} (known are {known})") from error
         return given
 
+    def is_the_same_as(self, other: TeacherConfig) -> bool:
+        """Whether both ask one model at one address."""
+        return (self.model, self.address) == (other.model, other.address)
+
     @property
     def address(self) -> str:
         """Where the model is asked, without credentials: `capabilities` are kept for a model at an address."""
