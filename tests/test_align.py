@@ -390,6 +390,8 @@ def test_one_tokenizer_is_known_by_its_ids_also_where_characters_are_shown_whole
     found = aligner.align("a \u00fc", by_id(*ids, top=[3]), ids)
     assert found.coverage == 1.0
     assert [set(row[v > -INF]) for row, v in zip(found.ids, found.logprobs, strict=True)] == [{i, 3} for i in ids]
+    before = {1: VocabToken(" ", b" ")}  # what stands before the character that the token begins
+    assert Aligner(shown | before, student, end_ids=[5]).same_ids
     assert not Aligner(shown | {4: VocabToken("c", b"c")}, student, end_ids=[5]).same_ids
     assert not Aligner({i + 1: token for i, token in shown.items()}, student, end_ids=[6]).same_ids
 

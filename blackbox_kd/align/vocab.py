@@ -109,11 +109,14 @@ def ids_agree(spelled: Mapping[int, bytes | None], student: StudentVocab) -> boo
 
 
 def _shows(piece: bytes, own: bytes | None) -> bool:
-    """Whether `piece` may be how this token is shown: llama.cpp shows a whole character at the token that ends it."""
+    """Whether `piece` may be how this token is shown.
+
+    llama.cpp shows a whole character at the token that ends it, and of a token that begins one what stands before it.
+    """
     if own is None or piece == own:
         return True
-    whole = own.decode("utf-8", "ignore").encode() == own
-    return bool(own) and not whole and piece.endswith(own)
+    whole = own.decode("utf-8", "ignore").encode()
+    return bool(own) and whole != own and (piece == whole or piece.endswith(own))
 
 
 def _alike(
