@@ -120,7 +120,10 @@ def refresh_cards(run_dir: RunDir, summary: Mapping[str, Any]) -> None:
     """Write what `evaluate` found into the cards of the checkpoints that it measured; nothing else of them changes."""
     for name in run_dir.checkpoints():
         folder = run_dir.checkpoint(name)
-        facts = ModelCard((folder / "README.md").read_text("utf-8")).data.to_dict()["blackbox_kd"]  # type: ignore[no-untyped-call]
+        card = folder / "README.md"
+        facts = ModelCard(card.read_text("utf-8")).data.get("blackbox_kd") if card.exists() else None  # type: ignore[no-untyped-call]
+        if not facts:  # somebody has written another one
+            continue
         metrics = [
             (row["split"], metric, value)
             for row in summary["checkpoints"]

@@ -96,6 +96,16 @@ def test_before_an_evaluation_it_says_so(run: Path, tmp_path: Path) -> None:
     assert "Not evaluated yet" in text_of(copy, "sft")
 
 
+@pytest.mark.parametrize("own", [None, "My notes.", "---\nlicense: mit\n---\nMy notes."])
+def test_a_card_that_somebody_else_wrote_stays(run: Path, tmp_path: Path, own: str | None) -> None:
+    copy = shutil.copytree(run, tmp_path / "quickstart")
+    card = copy / "checkpoints" / "sft" / "README.md"
+    card.unlink() if own is None else card.write_text(own)
+    with RunDir(copy) as run_dir:
+        refresh_cards(run_dir, json.loads((run / "summary.json").read_text()))
+    assert (card.read_text() if card.exists() else None) == own
+
+
 def test_its_program_loads_the_adapter(run: Path) -> None:
     state: dict[str, Any] = {}
     with chdir(run / "checkpoints" / "round-2"), warnings.catch_warnings():
