@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import datasets
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl
 from transformers.trainer_utils import get_last_checkpoint
 
 from blackbox_kd import curate
@@ -258,7 +258,8 @@ def build_trainer(
 
 def report(trainer: DistillationTrainer, step: int, values: dict[str, float]) -> None:
     """Numbers that are not the trainer's own go to where `report_to` sends those."""
-    trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, values)
+    control = TrainerControl()  # not the trainer's: that would forget that this step is to be logged
+    trainer.callback_handler.on_log(trainer.args, trainer.state, control, values)
 
 
 def check_rows(ours: Sequence[Row], theirs: Iterable[dict[str, Any]]) -> None:
