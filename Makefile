@@ -39,7 +39,7 @@ browser:
 
 # lint, then everything, with the real teacher and the real student; two files at a time
 test: lint browser
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=15
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 # without real models, servers and browsers
 test-fast: setup

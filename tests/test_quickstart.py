@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from blackbox_kd.config import find_file
 from blackbox_kd.corpus import query
 
 SMALL = [
@@ -23,11 +24,27 @@ SMALL = [
     "--onpolicy.rounds", "1",
     "--onpolicy.prompts_per_round", "4",
     "--onpolicy.update.max_steps", "1",
+    "--evaluate.diversity_prompts", "2",
+    "--evaluate.gate", "{everyday: 1}",
 ]  # fmt: skip
 
 
 def command(folder: Path) -> list[str]:
-    return [sys.executable, "-m", "blackbox_kd", "run", "--config", "quickstart", "--run_dir", str(folder), *SMALL]
+    task = folder.parent / "everyday.jsonl"  # a question in ten of the shipped one
+    task.write_text("\n".join(find_file("data/tasks/everyday.jsonl", "task").read_text().splitlines()[::10]))
+    few = ["--evaluate.tasks", f"{{everyday: {task}}}"]
+    return [
+        sys.executable,
+        "-m",
+        "blackbox_kd",
+        "run",
+        "--config",
+        "quickstart",
+        "--run_dir",
+        str(folder),
+        *SMALL,
+        *few,
+    ]
 
 
 def environment() -> dict[str, str]:
