@@ -17,14 +17,17 @@ from typing import Any, NamedTuple
 
 import jsonschema
 from pydantic import Field, field_validator, model_validator
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
 
 from blackbox_kd.config import Section, find_file, validate
 from blackbox_kd.errors import ConfigError
 from blackbox_kd.prompts import prompt_of, read_jsonl
 from blackbox_kd.types import Prompt
 
-NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")
-FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
+NUMBER = re.compile(r"[-+\u2212]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+\u2212]?\.\d+")
+FENCE = re.compile(r"```[ \t]*(?:json)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 
 
 class Checker(Section):
@@ -79,7 +82,8 @@ class Numeric(Written):
     def right(self, text: str) -> bool:
         """See the class."""
         found = NUMBER.findall(text)
-        return bool(found) and abs(float(found[-1].replace(",", "")) - self.answer) <= self.tolerance
+        numbers = [float(each.replace(",", "").replace("\u2212", "-")) for each in found[-1:]]
+        return any(abs(number - self.answer) <= self.tolerance for number in numbers)
 
 
 class JsonSchema(Written):
@@ -94,8 +98,15 @@ class JsonSchema(Written):
             jsonschema.validators.validator_for(schema).check_schema(schema)
         except jsonschema.SchemaError as error:
             raise ValueError(f"not a JSON schema ({error.message})") from error
-        if re.search(r'"\$(dynamicR|r)ef": "(?!#)', json.dumps(schema)):
+        text = json.dumps(schema)
+        if re.search(r'"\$(dynamicR|r)ef": "(?!#)', text):
             raise ValueError("a $ref must begin with #, nothing is fetched")
+        within = Registry().resolver_with_root(DRAFT202012.create_resource(schema))
+        for ref in re.findall(r'"\$ref": "(#[^"]*)"', text):
+            try:
+                within.lookup(ref)
+            except Unresolvable as error:
+                raise ValueError(f"$ref {ref!r} leads nowhere") from error
         return schema
 
     def right(self, text: str) -> bool:
@@ -103,9 +114,9 @@ class JsonSchema(Written):
         fenced = FENCE.findall(text)
         try:
             found = json.loads(fenced[0] if len(fenced) == 1 else text)
-        except (ValueError, RecursionError):
+            return bool(jsonschema.validators.validator_for(self.schema_)(self.schema_).is_valid(found))
+        except (ValueError, RecursionError):  # also of a schema that refers to itself without end
             return False
-        return bool(jsonschema.validators.validator_for(self.schema_)(self.schema_).is_valid(found))
 
 
 class Choice(Checker):

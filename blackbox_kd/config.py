@@ -237,6 +237,9 @@ class EvaluateConfig(Section):
         harness = self.lm_eval.tasks if self.lm_eval else []
         if twice := sorted(self.tasks.keys() & set(harness)):
             raise ValueError(f"{twice[0]!r} is a task in tasks and in lm_eval.tasks; rename the one in tasks")
+        names = {*self.tasks, *harness}
+        if drops := sorted(name for name in names if name.removesuffix("_drop") in names - {name}):
+            raise ValueError(f"task {drops[0]!r}: so the drop of another one is called; rename it")
         if unknown := sorted(self.gate.keys() - self.tasks.keys() - set(harness)):
             known = ", ".join([*self.tasks, *harness]) or "none"
             raise ValueError(f"gate: there is no task {unknown[0]!r} (known: {known})")
@@ -363,7 +366,8 @@ def _explain(model: type[BaseModel], error: ErrorDetails) -> str:
     message = error["msg"].replace("Input should be", "should be").replace("Value error, ", "")
     if not keys:  # of several sections together; it names them
         return message
-    return f"{where}: {message[:1].lower()}{message[1:]}, it is {error['input']!r}"
+    seen = "" if isinstance(error["input"], Mapping) else f", it is {error['input']!r}"  # it may hold a secret
+    return f"{where}: {message[:1].lower()}{message[1:]}{seen}"
 
 
 def _locate(model: type[BaseModel], loc: Sequence[int | str]) -> tuple[type[BaseModel], list[str], list[str]]:

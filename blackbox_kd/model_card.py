@@ -1,17 +1,17 @@
 """The README.md of an adapter: what it is, what it has learnt from, how good it is, how to load and to serve it.
 
 Its front matter is what the Hub reads (https://huggingface.co/docs/hub/model-cards), and under `blackbox_kd` the facts
-that the text is made of: `evaluate` writes the text anew from them, with what it found.
+that the text is made of. `evaluate` writes what it found between two marks, and leaves the rest as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 
 from blackbox_kd import __version__
 from blackbox_kd.hashing import content_id
@@ -37,28 +37,10 @@ blackbox_kd {{ facts.version }}: {{ facts.how }}.
 {%- for what, count in facts.data.items() %}
 | {{ what }} | {{ count }} |
 {%- endfor %}
-| hash of the texts learnt (their completion ids) | {{ facts.data_hash }} |
+| hash of the ids of what it learnt | {{ facts.data_hash }} |
 | run, seed | {{ facts.run_id }}, {{ facts.seed }} |
 
-## Metrics
-{% if metrics %}
-Value and 95% interval over prompts, on the fixed set {{ set_id }}.
-`teacher_nll` and `tail_kl` are nats a token, lower is better; `chrf` is 0 to 100, shares are 0 to 1.
-
-| split | metric | value | interval |
-|---|---|--:|--:|
-{%- for split, name, m in metrics %}
-| {{ split }} | `{{ name }}` | {{ "%.4g" | format(m.value) }} | {{ "[%.4g, %.4g]" | format(m.lo, m.hi) }} |
-{%- endfor %}
-{% else %}
-Not evaluated yet: `blackbox-kd evaluate` writes them here.
-{% endif %}
-## Spend
-
-The run so far{{ ", evaluation included" if metrics }}: {{ spend.calls }} calls to the teacher,
-{{ spend.prompt_tokens }} prompt and {{ spend.completion_tokens }} completion tokens,
-{{ "a price is not known" if spend.cost_usd is none else "$%.4f" | format(spend.cost_usd) }}.
-
+{{ measured }}
 ## Use
 
 ```python
@@ -85,6 +67,32 @@ limit what a model trained on its answers may be used for: read both before you 
     undefined=jinja2.StrictUndefined,
 )
 
+MEASURED = jinja2.Template(
+    """<!-- measured -->
+## Metrics
+{% if metrics %}
+Value and 95% interval over prompts, on the fixed set {{ set_id }}.
+`teacher_nll` and `tail_kl` are nats a token, lower is better; `chrf` is 0 to 100, shares are 0 to 1.
+
+| split | metric | value | interval |
+|---|---|--:|--:|
+{%- for split, name, m in metrics %}
+| {{ split }} | `{{ name }}` | {{ "%.4g" | format(m.value) }} | {{ "[%.4g, %.4g]" | format(m.lo, m.hi) }} |
+{%- endfor %}
+{% else %}
+Not evaluated yet: `blackbox-kd evaluate` writes them here.
+{% endif %}
+## Spend
+
+The run so far{{ ", evaluation included" if metrics }}: {{ spend.calls }} calls to the teacher,
+{{ spend.prompt_tokens }} prompt and {{ spend.completion_tokens }} completion tokens,
+{{ "a price is not known" if spend.cost_usd is none else "$%.4f" | format(spend.cost_usd) }}.
+<!-- /measured -->
+""",
+    undefined=jinja2.StrictUndefined,
+)
+"""What an evaluation writes anew."""
+
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be: https://docs.vllm.ai/en/latest/cli/serve.html"""
 
@@ -98,7 +106,7 @@ def write_card(folder: Path, project: Project, name: str, how: str, data: Mappin
 
     config = project.config
     source = model_source(config.student.model)
-    facts = {
+    facts: dict[str, Any] = {
         "name": f"{config.run_dir.name} {name}",
         "version": __version__,
         "base": config.student.model,
@@ -113,42 +121,34 @@ def write_card(folder: Path, project: Project, name: str, how: str, data: Mappin
         "seed": config.seed,
         "max_lora_rank": next((rank for rank in VLLM_RANKS if rank >= config.student.lora.r), config.student.lora.r),
     }
-    _write(folder, facts, project.corpus.spend(project.run_id))
+    base = facts["base"]
+    front = ModelCardData(
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", "distillation", "blackbox_kd"],
+        **({"base_model": base, "base_model_relation": "adapter"} if is_hub_id(base) else {}),
+        blackbox_kd=facts,
+    )
+    found = MEASURED.render(spend=project.corpus.spend(project.run_id), metrics=(), set_id="")
+    write_atomically(folder / "README.md", CARD.render(front=front.to_yaml(), facts=facts, measured=found))
 
 
 def refresh_cards(run_dir: RunDir, summary: Mapping[str, Any]) -> None:
     """Write what `evaluate` found into the cards of the checkpoints that it measured; nothing else of them changes."""
     for name in run_dir.checkpoints():
-        folder = run_dir.checkpoint(name)
-        card = folder / "README.md"
-        facts = ModelCard(card.read_text("utf-8")).data.get("blackbox_kd") if card.exists() else None  # type: ignore[no-untyped-call]
-        if not facts:  # somebody has written another one
-            continue
+        card = run_dir.checkpoint(name) / "README.md"
         metrics = [
             (row["split"], metric, value)
             for row in summary["checkpoints"]
             for metric, value in row["metrics"].items()
             if row["name"] == name and "_decile_" not in metric
         ]
-        _write(folder, facts, summary["spend"], metrics, summary["set_id"])
-
-
-def _write(
-    folder: Path,
-    facts: Mapping[str, Any],
-    spend: Mapping[str, Any],
-    metrics: Sequence[tuple[str, str, Mapping[str, float]]] = (),
-    set_id: str = "",
-) -> None:
-    front = ModelCardData(
-        library_name="peft",
-        pipeline_tag="text-generation",
-        tags=["lora", "distillation", "blackbox_kd"],
-        **({"base_model": facts["base"], "base_model_relation": "adapter"} if is_hub_id(facts["base"]) else {}),
-        blackbox_kd=facts,
-    )
-    text = CARD.render(front=front.to_yaml(), facts=facts, spend=spend, metrics=metrics, set_id=set_id)
-    write_atomically(folder / "README.md", text)
+        found = MEASURED.render(spend=summary["spend"], metrics=metrics, set_id=summary["set_id"])
+        text = card.read_text("utf-8") if card.exists() else ""
+        before, opened, rest = text.partition("<!-- measured -->")
+        _, closed, after = rest.partition("<!-- /measured -->")
+        if opened and closed:
+            write_atomically(card, before + found + after)
 
 
 def is_hub_id(base: str) -> bool:

@@ -18,25 +18,32 @@ from blackbox_kd.project import Project
 from blackbox_kd.prompts import SPLITS
 from blackbox_kd.student.student import Student
 from blackbox_kd.student.trainer import check_soft
-from blackbox_kd.tasks import passed
+from blackbox_kd.tasks import Tasks, passed
 
 
 async def run(project: Project) -> dict[str, Any]:
     """The summary of `evaluate`."""
     check(project)
-    await probe.ensure(project)
-    engine = project.teacher.engine
-    await sample.run(project)
-    await yardstick.capture(project)
-    await sft.run(project)
-    await onpolicy.run(project)
     try:
+        await probe.ensure(project)
+        await sample.run(project)
+        await yardstick.capture(project)
+        await sft.run(project)
+        await onpolicy.run(project)
         summary = await evaluate.run(project)
-    finally:  # also where a gate fails: then there is something to look at
-        report.write(project.run_dir.path, project.corpus.path)
-    if engine.asked == 0:
+    finally:  # also at the budget, or where a gate fails: then there is something to look at
+        write_report(project)
+    if project.teacher.engine.asked == 0:
         say("the teacher was asked nothing: every answer was in the corpus already")
     return summary
+
+
+def write_report(project: Project) -> None:
+    """What it fails of is said: it must not stand in for what the run ended with."""
+    try:
+        report.write(project.run_dir.path, project.corpus.path)
+    except Exception as error:
+        say(f"no report: {type(error).__name__}: {error}")
 
 
 def check(project: Project) -> None:
@@ -48,6 +55,7 @@ def check(project: Project) -> None:
     if config.sft.soft_labels and config.sample.top_logprobs:
         check_soft(args)
     student = Student(config.student, seed=config.seed)
+    Tasks(config.evaluate).check(student)
     if not config.onpolicy.algorithm.lacking(project.teacher.capabilities):
         config.onpolicy.algorithm.build(project.tools(student.renderer, Lane()))
     for split in SPLITS:

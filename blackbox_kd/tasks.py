@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from blackbox_kd.checkers import Choice, Item, Written, load_task
 from blackbox_kd.config import EvaluateConfig
-from blackbox_kd.errors import AlignmentError, GateFailed
+from blackbox_kd.errors import AlignmentError, ConfigError, GateFailed
 from blackbox_kd.types import Interval
 from blackbox_kd.yardstick import Metrics, interval
 
 if TYPE_CHECKING:  # with torch
     from blackbox_kd.rollout import Writer
+    from blackbox_kd.student.render import Rendered
     from blackbox_kd.student.student import Student
 
 SLACK = 1e-9
@@ -35,6 +36,7 @@ class Tasks:
         """
         tasks = {name: load_task(name, path) for name, path in config.tasks.items()}
         self._items = [(name, item) for name, items in tasks.items() for item in items]
+        self._length = config.max_completion_length
 
     def scores(self, writer: Writer) -> dict[str, list[float]]:
         """1 for each right answer and 0 for each wrong one, in the order of the rows.
@@ -48,6 +50,36 @@ class Tasks:
             if i in right:
                 found[name].append(float(right[i]))
         return found
+
+    def check(self, student: Student) -> None:
+        """Before anything is paid.
+
+        Raises:
+            ConfigError: a task of which no question leaves room for an answer.
+        """
+        room = {name: False for name, _ in self._items}
+        for name, item in self._items:
+            room[name] |= fits(student, item, self._length)
+        if none := [name for name, has in room.items() if not has]:
+            raise ConfigError(
+                f"evaluate.tasks.{none[0]}: every question is longer than student.max_length "
+                f"({student.config.max_length}); raise that"
+            )
+
+
+def fits(student: Student, item: Item, length: int) -> bool:
+    """Whether a question leaves room for an answer of `length` tokens, or for each of its choices."""
+    before = student.renderer.prompt(item.prompt.messages)
+    if isinstance(item.checker, Choice):
+        longest = max(len(choice(student, before, text).input_ids) for text in item.checker.choices)
+    else:
+        longest = len(before) + length
+    return longest <= student.config.max_length
+
+
+def choice(student: Student, before: list[int], text: str) -> Rendered:
+    """A prompt with a choice behind it, its end token not counted."""
+    return student.renderer.join(before, student.renderer.completion(text)[:-1])
 
 
 def by_writing(writer: Writer, items: Sequence[Item]) -> dict[int, bool]:
@@ -68,7 +100,7 @@ def by_choosing(student: Student, items: Sequence[Item], batch_size: int) -> dic
     for i, (prompt, checker) in enumerate(items):
         if isinstance(checker, Choice):
             before = student.renderer.prompt(prompt.messages)
-            own = [student.renderer.join(before, student.renderer.completion(text)[:-1]) for text in checker.choices]
+            own = [choice(student, before, text) for text in checker.choices]
             if max(len(row.input_ids) for row in own) <= student.config.max_length:
                 rows += own
                 asked.append((i, checker))

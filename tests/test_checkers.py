@@ -64,6 +64,7 @@ def test_numeric_reads_signs_thousands_and_decimals() -> None:
     assert right("1.5e3", "numeric", answer=1500)
     assert right("it is .25", "numeric", answer=0.25)
     assert right("1, 2, 3", "numeric", answer=3)
+    assert right("\u22125", "numeric", answer=-5)  # the sign of mathematics
 
 
 def test_numeric_is_right_up_to_its_tolerance() -> None:
@@ -77,6 +78,8 @@ def test_numeric_is_right_up_to_its_tolerance() -> None:
         ('{"name": "Ada"}', True),
         ('Here it is:\n```json\n{"name": "Ada"}\n```\nIt has one key.', True),
         ('```\n{"name": "Ada"}\n```', True),
+        ('```JSON\n{"name": "Ada"}\n```', True),
+        ('``` json \n{"name": "Ada"}\n```', True),
         ('Here it is: {"name": "Ada"}', False),
         ('```json\n{"name": "Ada"}\n```\n```json\n{}\n```', False),
         ('{"name": "Bob"}', False),
@@ -92,6 +95,19 @@ def test_json_schema_reads_the_draft_that_the_schema_names() -> None:
     old = {"$schema": "http://json-schema.org/draft-04/schema#", "maximum": 3, "exclusiveMaximum": True}
     assert not right("3", "json_schema", schema=old)
     assert right("3", "json_schema", schema={"maximum": 3})
+
+
+@pytest.mark.parametrize("ref", ["#/nowhere", "#gone", "https://example.com/schema.json"])
+def test_a_reference_that_leads_nowhere_is_refused(ref: str) -> None:
+    with pytest.raises(ConfigError, match=r"task.jsonl:1.*\$ref"):
+        right("{}", "json_schema", schema={"properties": {"a": {"$ref": ref}}})
+
+
+def test_a_schema_that_refers_to_itself_is_followed_and_without_end_never_right() -> None:
+    tree = {"$ref": "#/$defs/node", "$defs": {"node": {"type": "array", "items": {"$ref": "#/$defs/node"}}}}
+    assert right("[[], [[]]]", "json_schema", schema=tree)
+    assert not right("[[], [3]]", "json_schema", schema=tree)
+    assert not right("{}", "json_schema", schema={"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}})
 
 
 def choice(*choices: str) -> Choice:

@@ -148,7 +148,7 @@ def test_a_wrong_value_is_one_line_with_key_and_value(load: Load, flag: str, val
     ("lora", "said"),
     [
         ("{target_modules: '.*proj', layers_to_transform: [1]}",
-         "student.lora: layers_to_transform needs target_modules as a list of names or as all-linear, it is {"),
+         "student.lora: layers_to_transform needs target_modules as a list of names or as all-linear"),
         ("{layers_to_transform: []}", "student.lora.layers_to_transform: list should have at least 1 item"),
     ],
 )  # fmt: skip
@@ -170,6 +170,15 @@ def test_an_unknown_provider_lists_the_names(load: Load) -> None:
 def test_a_teacher_without_a_provider_lists_the_names_and_hides_the_rest(load: Load) -> None:
     message = complaint(load, "--teacher", "{model: m, extra_headers: {authorization: Bearer sk-1}}")
     assert message == "teacher.provider: this key is required, one of openai, local, scripted"
+
+
+@pytest.mark.parametrize("name", ["Authorization", "api-key", "X-API-Key", "x-auth-token", "Cookie"])
+def test_a_key_in_a_header_has_to_be_a_variable(load: Load, name: str) -> None:
+    teacher = "{{provider: openai, model: m, api_key_env: null, extra_headers: {{{}: {}}}}}"
+    message = complaint(load, "--teacher", teacher.format(name, "Bearer sk-1"))
+    said = f"keys are in no file: write {name}: $NAME, and set the environment variable NAME"
+    assert message == f"teacher.extra_headers: {said}"
+    assert load("--teacher", teacher.format(name, "Bearer $MY_KEY")).teacher.extra_headers == {name: "Bearer $MY_KEY"}
 
 
 def test_a_flag_below_a_value_says_so(load: Load) -> None:

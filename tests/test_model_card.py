@@ -96,7 +96,25 @@ def test_before_an_evaluation_it_says_so(run: Path, tmp_path: Path) -> None:
     assert "Not evaluated yet" in text_of(copy, "sft")
 
 
-@pytest.mark.parametrize("own", [None, "My notes.", "---\nlicense: mit\n---\nMy notes."])
+def test_what_a_person_adds_to_a_card_stays(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "quickstart")
+    card = copy / "checkpoints" / "sft" / "README.md"
+    before, after = card.read_text().split("<!-- measured -->\n")
+    mine = (
+        before.replace("library_name", "license: mit\nlibrary_name") + "<!-- measured -->\n" + after + "\nMy notes.\n"
+    )
+    card.write_text(mine)
+    summary = {**json.loads((run / "summary.json").read_text()), "set_id": "another"}
+    with RunDir(copy) as run_dir:
+        refresh_cards(run_dir, summary)
+    found = card.read_text()
+    assert found != mine
+    assert found.split("<!-- measured -->")[0] == mine.split("<!-- measured -->")[0]
+    assert found.split("<!-- /measured -->")[1] == mine.split("<!-- /measured -->")[1]
+    assert "fixed set another" in found
+
+
+@pytest.mark.parametrize("own", [None, "My notes.", "---\nlicense: [\n---\nMy notes."])
 def test_a_card_that_somebody_else_wrote_stays(run: Path, tmp_path: Path, own: str | None) -> None:
     copy = shutil.copytree(run, tmp_path / "quickstart")
     card = copy / "checkpoints" / "sft" / "README.md"

@@ -206,6 +206,12 @@ def test_a_killed_sft_is_not_continued_under_other_settings(tmp_path: Path) -> N
     assert not list(work.glob("checkpoint-*"))
 
 
+def test_a_run_that_stops_at_its_budget_leaves_a_report(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--config", str(project_file), "--max-requests", "3"]) == 4
+    assert (project_file.parent / "run" / "report.html").exists()
+    assert "no report" not in capsys.readouterr().err
+
+
 def test_more_draws_in_a_shared_corpus_are_not_learnt_by_a_run_that_did_not_ask_for_them(project_file: Path) -> None:
     from blackbox_kd.command import overrides
     from blackbox_kd.config import load_config

@@ -71,6 +71,8 @@ def test_a_failed_gate_says_task_drop_limit_checkpoint_and_what_to_do() -> None:
         ({"gate": {"everyday": 0.1}}, "gate: there is no task 'everyday' (known: none)"),
         ({"gate": {"x": 0.1}, "tasks": {"t": "f"}, "lm_eval": {"tasks": ["arc_easy"]}}, "(known: t, arc_easy)"),
         ({"gate": {"t": 1.5}, "tasks": {"t": "f"}}, "evaluate.gate.t: should be less than or equal to 1, it is 1.5"),
+        ({"tasks": {"t_drop": "f", "t": "f"}}, "task 't_drop': so the drop of another one is called; rename it"),
+        ({"tasks": {"t": "f"}, "lm_eval": {"tasks": ["t_drop"]}}, "task 't_drop'"),
         ({"tasks": {"t": "f"}, "lm_eval": {"tasks": ["t"]}}, "'t' is a task in tasks and in lm_eval.tasks"),
     ],
 )
@@ -189,3 +191,16 @@ def test_a_question_that_is_too_long_is_left_out(
         student = Student(project.config.student)
         assert len(tasks.scores(writer(project, student, "base", 0.0))["letters"]) == 2
     assert "1 prompts are longer than student.max_length allows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "checker", [{"checker": "regex", "answer": ""}, {"checker": "choice", "choices": ["a", "b"], "answer": "a"}]
+)
+def test_a_task_of_too_long_questions_is_named_before_anything_is_paid(
+    project_file: Path, write_jsonl: Callable[..., Path], capsys: pytest.CaptureFixture[str], checker: dict[str, Any]
+) -> None:
+    task = write_jsonl("task.jsonl", [{"prompt": "Say " * 300, **checker}])
+    flags = ["--evaluate.tasks", f"{{letters: {task}}}", "--student.max_length", "128"]
+    assert main(["run", "--config", str(project_file), *flags]) == 2
+    assert "evaluate.tasks.letters: every question is longer than student.max_length (128)" in capsys.readouterr().err
+    assert query(project_file.parent / "run" / "corpus.duckdb", "SELECT count(*) FROM requests")[1] == [(0,)]

@@ -94,6 +94,16 @@ def test_components_of_one_step_add_up_each_under_its_own_count(student: Student
     assert (both["ce_count"], both["pair_count"]) == (ce["ce_count"], 2)
 
 
+def test_a_metric_of_a_component_is_a_mean_over_its_own_tokens(student: Student) -> None:
+    hard, soft = streams(student, "ce", 2), streams(student, "topk_kl", 2)
+    soft = [msgspec.structs.replace(s, sample_id=f"soft {i}") for i, s in enumerate(soft)]
+    config = UpdateConfig(learning_rate=1e-9, max_steps=1, batch_size=8)
+    (alone,), (mixed,) = (Updater(student, config).run(samples, seed=0) for samples in (hard, [*hard, *soft]))
+    assert mixed["ce_nll"] == pytest.approx(alone["ce_nll"], rel=1e-5)
+    assert mixed["ce_count"] == alone["ce_count"]
+    assert mixed["loss"] < mixed["ce_nll"] + mixed["topk_kl_kl"] - 1e-3  # each is divided by all that are taught
+
+
 def test_a_token_weighs_the_same_with_a_hard_label_or_a_soft_one() -> None:
     """Two tokens by the text, three by soft labels, one of the other sample by both: six are taught."""
     one = TrainSample(

@@ -84,9 +84,10 @@ class Updater:
         samples = [sample for unit in step for sample in unit]
         names = sorted({name for sample in samples for name in sample.weights})
         normalizers = {name: COMPONENTS[name].normalizer(samples, name) for name in names}
+        counts = {name: COMPONENTS[name].counted(samples, name) for name in names}
         metrics: dict[str, float] = {}
         for part in self._micro_batches(step[self.ranks.rank :: self.ranks.size]):
-            loss, found = self._loss(part, normalizers)
+            loss, found = self._loss(part, normalizers, counts)
             loss.backward()  # type: ignore[no-untyped-call]
             for key, value in found.items():
                 metrics[key] = metrics.get(key, 0.0) + value
@@ -99,7 +100,7 @@ class Updater:
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return metrics | {"grad_norm": float(norm)} | {f"{n}_count": float(normalizers[n]) for n in names}
+        return metrics | {"grad_norm": float(norm)} | {f"{n}_count": float(counts[n]) for n in names}
 
     def _micro_batches(self, mine: list[Unit]) -> Iterable[list[TrainSample]]:
         """None where a rank has no unit of its own."""
@@ -107,7 +108,9 @@ class Updater:
         for start in range(0, len(mine), size):
             yield [sample for unit in mine[start : start + size] for sample in unit]
 
-    def _loss(self, samples: list[TrainSample], normalizers: dict[str, int]) -> tuple[torch.Tensor, dict[str, float]]:
+    def _loss(
+        self, samples: list[TrainSample], normalizers: dict[str, int], counts: dict[str, int]
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         input_ids, mask = self.student.pad([s.input_ids for s in samples], "right")
         weights = {n: pad(stream(s.weights, n, len(s.input_ids)) for s in samples) for n in normalizers}
         first = first_kept(torch.stack([w != 0 for w in weights.values()]).any(0))
@@ -122,5 +125,6 @@ class Updater:
             rows = Rows(logits_BTV, input_ids[:, first:], weights_BT, ids, logprobs, old, ref, pairs)
             out = COMPONENTS[name].loss(rows, normalizer=normalizer, **self.losses.get(name, {}))
             total = total + out.loss
-            metrics |= {f"{name}_{key}": value for key, value in out.metrics.items()}
+            own = normalizer / max(1, counts[name])  # a mean over its own tokens, whatever else is in the step
+            metrics |= {f"{name}_{key}": value * own for key, value in out.metrics.items()}
         return total, metrics | {"loss": float(total.detach())}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from blackbox_kd.errors import ConfigError
 from blackbox_kd.teachers.base import TeacherConfig, Transport, api_key
@@ -16,6 +17,12 @@ from blackbox_kd.teachers.transport import open_fast
 
 if TYPE_CHECKING:  # importing the SDK takes half a second
     from blackbox_kd.teachers.sdk import SdkTransport
+
+
+SECRET_NAME = re.compile(r"(?i)authorization|cookie|secret|password|passwd|(^|[-_])(key|token)s?$|api[-_]?key")
+"""Headers and options whose value is one."""
+SHORTEST_SECRET = 8
+"""Characters; `none` and `EMPTY` are what endpoints without keys are given."""
 
 
 class OpenAITeacherConfig(TeacherConfig):
@@ -36,6 +43,15 @@ class OpenAITeacherConfig(TeacherConfig):
     """Of the SDK: AsyncAzureOpenAI, AsyncBedrockOpenAI, ..., or `module:Class`."""
     client_options: dict[str, Any] = {}
     """Of that client (azure_endpoint, api_version, aws_region, ...); `$NAME` as in extra_headers."""
+
+    @field_validator("extra_headers", "client_options")
+    @classmethod
+    def _no_secrets(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The resolved config is saved, shown in the report and kept in the corpus."""
+        for name, value in values.items():
+            if SECRET_NAME.search(name) and "$" not in str(value) and len(str(value)) >= SHORTEST_SECRET:
+                raise ValueError(f"keys are in no file: write {name}: $NAME, and set the environment variable NAME")
+        return values
 
     @property
     def url(self) -> str:
