@@ -27,7 +27,7 @@ async def best_of_n(judge: Teacher, template: Template, answers: Sequence[Answer
     """
     groups = [list(draws) for _, draws in groupby(answers, key=lambda answer: answer.prompt.prompt_id)]
     several = [group for group in groups if len({answer.text for answer in group}) > 1]
-    grader = Grader(judge, {"judge": template}, SAMPLING)
+    grader = Grader(judge, {"best_of_n": template}, SAMPLING, purpose="best_of_n")
     graded = await grader.grade([Group([_rollout(answer) for answer in group], []) for group in several], 0)
     found = {id(group): said.rewards for group, said in zip(several, graded, strict=True) if said}
     if several and not found:

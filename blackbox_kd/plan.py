@@ -227,7 +227,7 @@ def plan(config: Config) -> dict[str, Any]:
         terms["onpolicy"] = None, price_of(config.judge)
     if judge := config.evaluate.judge:
         counts["win_rate"] = count_win_rate(config, judge, fixed, per_byte)
-        means["win_rate"] = history(path, judge.model).completion_tokens.get("judge")
+        means["win_rate"] = history(path, judge.model).completion_tokens.get("win_rate")
         terms["win_rate"] = None, price_of(judge)
     if config.sample.batch:  # half the price, and as long as the provider likes
         terms["sample"] = None, price and price.in_batches()

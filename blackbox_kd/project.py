@@ -14,7 +14,7 @@ from blackbox_kd.errors import ConfigError
 from blackbox_kd.hashing import content_id
 from blackbox_kd.lane import Lane
 from blackbox_kd.prompts import SPLITS, PromptSet, Template
-from blackbox_kd.run_dir import RunDir
+from blackbox_kd.run_dir import RunDir, round_of
 from blackbox_kd.settings import Config, OnPolicyConfig
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.teachers.base import Capabilities, TeacherConfig
@@ -199,6 +199,13 @@ class Project:
                 found["judge"] = {"model": self.judge.config.model, "prompt": self.judge.context.context_hash}
             found["train_prompts"] = content_id([prompt.prompt_id for prompt in self.prompts["train"]])
         return found
+
+    def begin(self, checkpoint: str) -> None:
+        """It is trained from its start: what an earlier one of that name and the later ones had measured goes.
+
+        metrics.jsonl keeps it.
+        """
+        self.corpus.drop_metrics(self.run_id, checkpoint, round_of(checkpoint))
 
     def log(self, stage: str, rows: list[dict[str, Any]]) -> None:
         """Metrics to metrics.jsonl and to the corpus; a row names at least `name` and `value`."""

@@ -78,9 +78,11 @@ async def run(project: Project) -> dict[str, Any]:
     keep_if_same(work, settings | {"rows": content_id(seen)})
     trainer = build_trainer(student, config, train_rows, dev_rows, work)
     trainer.add_callback(_Looks(Looks(project, student, partial(report, trainer))))
+    if not (half_way := get_last_checkpoint(str(work))):
+        project.begin("sft")
     with counting("sft", trainer_steps(trainer)) as progress:
         trainer.add_callback(_Progress(progress))
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+        trainer.train(resume_from_checkpoint=half_way)
     with run_dir.committing("sft", settings) as folder:
         student.save(folder)
         data = {"teacher answers learnt": len(train_rows), "kept aside for the dev loss": len(dev_rows)}

@@ -23,7 +23,8 @@ Byte: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=255)]
 Split = Literal["train", "heldout", "ood", "holdback"]
 Author = Literal["teacher", "student", "judge"]
 Purpose = Literal[
-    "sample", "relabel", "prefix", "rubric", "judge", "score", "fork", "rollout", "evaluate", "probe"
+    "sample", "best_of_n", "relabel", "prefix", "rubric", "judge", "score", "fork", "rollout", "evaluate", "win_rate",
+    "probe",
 ]  # fmt: skip
 Endpoint = Literal["chat", "completions", "native", "generate"]
 """`chat`: POST /chat/completions. `completions`: POST /completions. `native`: SGLang's POST /generate, beside the /v1

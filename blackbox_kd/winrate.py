@@ -57,7 +57,7 @@ class Pairwise:
         text = self._template.render(prompt=judging.conversation(prompt.messages), answers=answers)
         messages = [{"role": "user", "content": text}]
         form = {"response_format": judging.better_format()}
-        return self._judge.request(prompt, "judge", self._sampling, messages=messages, parameters=form)
+        return self._judge.request(prompt, "win_rate", self._sampling, messages=messages, parameters=form)
 
 
 class WinRate:

@@ -56,13 +56,18 @@ class FixedSet(msgspec.Struct, frozen=True):
     answers: list[FixedAnswer]
 
 
+def fixed_sampling(config: EvaluateConfig) -> tuple[SamplingParams, SamplingParams]:
+    """At temperature 0, and at 1."""
+    length = config.max_completion_length
+    greedy = SamplingParams(temperature=0.0, max_completion_length=length)
+    return greedy, SamplingParams(temperature=1.0, max_completion_length=length, top_logprobs=config.top_logprobs)
+
+
 def fixed_questions(
     config: EvaluateConfig, teacher: Questions, prompts: Iterable[Prompt]
 ) -> Iterator[tuple[Request, Request]]:
     """For each prompt one at temperature 0 and one at 1."""
-    length = config.max_completion_length
-    greedy = SamplingParams(temperature=0.0, max_completion_length=length)
-    sampled = SamplingParams(temperature=1.0, max_completion_length=length, top_logprobs=config.top_logprobs)
+    greedy, sampled = fixed_sampling(config)
     for prompt in prompts:
         yield teacher.request(prompt, "evaluate", greedy), teacher.request(prompt, "evaluate", sampled)
 

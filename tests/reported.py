@@ -12,7 +12,10 @@ import yaml
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.corpus.journal import Answered
 from blackbox_kd.run_dir import ADAPTER_FILE, SETTINGS_FILE, policy_of
-from blackbox_kd.types import Completion, Feedback, Prompt, Request
+from blackbox_kd.settings import Config
+from blackbox_kd.teachers.wire import chat_body
+from blackbox_kd.types import Completion, Feedback, Prompt, Request, SamplingParams
+from blackbox_kd.yardstick import fixed_sampling
 from tests.conftest import RUN_ID
 from tests.records import CONTEXT, answered, completion, prompt, request, token, usage
 
@@ -30,14 +33,17 @@ class Run:
         self.folder, self.run_id = folder, run_id
         folder.mkdir(parents=True)
         self.corpus = Corpus(corpus or folder / "corpus.duckdb")
-        self.config = {
-            "seed": 7, "run_dir": str(folder), "corpus": str(self.corpus.path),
-            "teacher": {"provider": "scripted", "model": "m"}, "student": {"model": STUDENT},
+        given = {
+            "seed": 7, "run_dir": str(folder), "corpus": str(self.corpus.path), "prompts": {"path": "data"},
+            "teacher": {"provider": "scripted", "model": "m", "reply": "yes"}, "student": {"model": STUDENT},
             "onpolicy": {"rounds": 2, "algorithm": {"name": "relabel"}}, "evaluate": {"every_steps": 12},
         } | config  # fmt: skip
+        self.settings = Config.model_validate(given)
+        self.config = self.settings.model_dump(mode="json")
         (folder / "run.json").write_text(json.dumps({"run_id": run_id}))
         (folder / "config.yaml").write_text(yaml.safe_dump(self.config))
         self.corpus.add_run(run_id, folder, self.config, "m", CONTEXT)
+        self.start = 1.7e9  # of its calls
         self.prompts, self.requests = list[Prompt](), list[Request]()
         self.records, self.metrics = list[Answered](), list[dict[str, Any]]()
         self.written, self.said = dict[str, list[Completion]](), dict[int, list[Feedback]]()
@@ -59,13 +65,17 @@ class Run:
     def sampled(self, count: int = 6, **attempt: Any) -> None:
         """The teacher's answers to train prompts, one of them cut off."""
         asked = [prompt(f"Say {i}") for i in range(count)]
-        requests = [request(p) for p in asked]
+        requests = [request(p, body=self.body(p, self.settings.sample.sampling)) for p in asked]
         self.prompts += asked
         self.requests += requests
         ends = ["length", *["stop"] * (count - 1)]
         for i, (each, end) in enumerate(zip(requests, ends, strict=True)):
             text = completion(each, text=f"one {i}", finish_reason=end, usage=usage(20, 4))
-            self.bill([text], attempted_at=1.7e9 + i, **attempt)
+            self.bill([text], attempted_at=self.start + i, **attempt)
+
+    def body(self, to: Prompt, sampling: SamplingParams) -> dict[str, Any]:
+        """Of a question to the teacher."""
+        return chat_body(self.settings.teacher, to.messages, sampling, 0)
 
     def bill(self, texts: Sequence[Completion], **attempt: Any) -> None:
         """A call of this run that brought these texts."""
@@ -112,7 +122,7 @@ class Run:
             self.prompts.append(about)
             self.requests += [asked, fixed]
             self.written.setdefault(f"{STUDENT}@{draft.policy}", []).append(draft)
-            self.bill([better], attempted_at=1.7e9 + 60 * round_ + i)
+            self.bill([better], attempted_at=self.start + 60 * round_ + i)
             said = Feedback(completion_id=draft.completion_id, kind="rewrite", scorer="m@x",
                             target_completion_id=better.completion_id)  # fmt: skip
             self.said.setdefault(round_, []).append(said)
@@ -135,22 +145,27 @@ class Run:
                 self.log("evaluate", [{**row, "split": split} for split in ("heldout", "ood")])
 
     def _answer(self, about: Prompt, who: str, text: str) -> None:
-        body = {"temperature": 0.0}
+        """The greedy one, and then for a student the draw whose diversity is measured, another text without scores."""
         if who == "teacher":
-            asked = request(about, purpose="evaluate", body=body)
+            greedy, _ = fixed_sampling(self.settings.evaluate)
+            asked = request(about, purpose="evaluate", body=self.body(about, greedy))
             self.requests.append(asked)
-            self.bill([completion(asked, text=text, usage=usage(20, 5))], attempted_at=1.7e9 + 30)
+            self.bill([completion(asked, text=text, usage=usage(20, 5))], attempted_at=self.start + 30)
             return
-        asked = request(about, purpose="evaluate", context_hash=None, body=body | {"model": STUDENT, "by": who})
-        self.requests.append(asked)
-        tokens = [token(part, -0.7) for part in text.split(" ")]
-        wrote = completion(asked, author="student", model=STUDENT, policy=self.policy(who), text=text, logprobs=tokens)
-        self.written.setdefault(f"{STUDENT}@{wrote.policy}", []).append(wrote)
+        scored = [token(part, -0.7) for part in text.split(" ")]
+        length = self.settings.evaluate.max_completion_length
+        for temperature, wrote, tokens in ((0.0, text, scored), (1.0, f"drawn {text}", None)):
+            body = {"model": STUDENT, "policy": self.policy(who), "temperature": temperature, "max_tokens": length}
+            asked = request(about, purpose="evaluate", context_hash=None, body=body)
+            self.requests.append(asked)
+            said = completion(asked, author="student", model=STUDENT, policy=self.policy(who), text=wrote,
+                              logprobs=tokens)  # fmt: skip
+            self.written.setdefault(f"{STUDENT}@{said.policy}", []).append(said)
 
 
 def whole(folder: Path) -> Run:
     """Every stage, with texts in several scripts and one that would like to be markup."""
-    run = Run(folder, note=NASTY)
+    run = Run(folder, report_to=NASTY)
     run.sampled()
     run.trained("sft", 12)
     for round_ in (1, 2):

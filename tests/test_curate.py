@@ -158,6 +158,7 @@ def test_the_best_answer_of_each_prompt_stays_and_of_equally_good_ones_the_first
     assert found[0] == f"grade 0.78, not 1.00; best is {given[1].completion_id}"
     assert found[5] == f"the same text; best is {given[4].completion_id}"
     assert corpus.rows("SELECT count(*) FROM attempts") == [(2,)]  # a prompt with one answer needs no judge
+    assert corpus.rows("SELECT DISTINCT purpose FROM requests") == [("best_of_n",)]
     assert dict(best(corpus, given, graded)) == found
     assert corpus.rows("SELECT count(*) FROM attempts") == [(2,)]
 

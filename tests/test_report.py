@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ from hypothesis import strategies as st
 
 from blackbox_kd import report
 from blackbox_kd.__main__ import main
-from blackbox_kd.report import charts, tables, words
+from blackbox_kd.report import charts, spend, tables, words
 from blackbox_kd.report.charts import Point, Series, chart
 from blackbox_kd.report.tokens import pieces
 from tests.conftest import RUN_ID
 from tests.reported import CHECKPOINTS, Run, whole
 
-OTHER_RUN = "00000000-0000-4000-8000-000000000002"
+OTHER_RUN, THIRD_RUN = (f"00000000-0000-4000-8000-00000000000{n}" for n in (2, 3))
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,10 @@ def test_examples_go_from_the_most_gained_to_the_least(page: str) -> None:
     assert len(set(re.findall(r"Question \d", visible(page)))) == 10
 
 
+def test_answers_that_were_drawn_for_their_diversity_are_not_a_checkpoint_s_answers(page: str) -> None:
+    assert "drawn " not in visible(page)
+
+
 def begun(folder: Path, stages: int) -> Run:
     """A run that was killed after so many stages."""
     run = Run(folder)
@@ -120,6 +125,13 @@ def test_a_run_that_is_not_through_has_a_page_that_says_so(stages: int, said: li
         assert part in text
 
 
+def test_a_run_of_another_version_has_a_page(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run", 1)
+    with run.corpus.connect() as con:
+        con.execute("""UPDATE runs SET config = json_merge_patch(config, '{"sft": {"gone": 1}, "report_to": null}')""")
+    assert "6 answers of the teacher" in of(run)
+
+
 def test_looks_are_drawn_before_the_first_evaluation(tmp_path: Path) -> None:
     assert "tail_kl Nats a token by optimiser step, with 95% bands." in of(begun(tmp_path / "run", 2))
 
@@ -134,6 +146,52 @@ def test_other_runs_on_the_corpus_are_left_out_and_what_they_paid_for_is_called_
     assert "has called no endpoint" in text
     assert "round 1" not in text
     assert "No checkpoint has been evaluated" in text
+
+
+def test_a_run_that_asks_otherwise_or_asks_more_later_changes_nothing(tmp_path: Path) -> None:
+    run = whole(tmp_path / "run")
+    page = report.write(run.folder).read_text("utf-8")
+    cut_off = Run(tmp_path / "cut_off", run_id=OTHER_RUN, corpus=run.corpus.path, evaluate={"max_completion_length": 1},
+                  sample={"max_completion_length": 1})  # fmt: skip
+    cut_off.sampled()
+    for name in CHECKPOINTS[1:]:
+        cut_off.trained(name, 1)  # to the same weights
+    answers = dict.fromkeys(("teacher", *CHECKPOINTS), "cut")
+    cut_off.evaluated(CHECKPOINTS, {f"Question {i}": answers for i in range(10)})
+    cut_off.save()
+    more = Run(tmp_path / "more", run_id=THIRD_RUN, corpus=run.corpus.path)
+    more.start = 4e9
+    more.sampled(9)
+    more.evaluated((), {"Another question": {"teacher": "later"}})
+    more.save()
+    assert report.write(run.folder).read_text("utf-8") == page
+
+
+def test_a_checkpoint_that_was_deleted_has_no_say(tmp_path: Path) -> None:
+    run = whole(tmp_path / "run")
+    gate = {"checkpoint": "round-2", "drop": 0.2, "lo": 0.1, "hi": 0.3, "limit": 0.05, "passed": False}
+    (run.folder / "summary.json").write_text(json.dumps({"gate": {"sums": gate}}))
+    assert "fails 1 of 1 gates" in of(run)
+    shutil.rmtree(run.folder / "checkpoints" / "round-2")
+    text = of(run)
+    assert "round-1 is nearer to its teacher than sft" in text
+    assert "gates" not in text
+    assert "3 checkpoints" in text
+
+
+def test_a_round_that_is_still_to_be_committed_shows_what_is_known_of_it(tmp_path: Path) -> None:
+    rows = [metric("round-2", 1.0, stage="onpolicy"), metric("round-3", 1.0, stage="onpolicy"), metric("round-2", 1.0)]
+    assert tables.of_checkpoints(rows, ["sft", "round-1"], 2) == rows[:1]
+
+
+def test_judges_are_booked_where_they_were_asked() -> None:
+    calls = dict.fromkeys(("calls", "lost", "rate_limited", "completion_tokens", "unpriced"), 0) | {"cost_usd": None}
+    rows = [{"purpose": p, "prompt_tokens": 10 * n, **calls}
+            for n, p in enumerate(("sample", "best_of_n", "judge", "rubric", "win_rate", "evaluate"), 1)]  # fmt: skip
+    booked = {each.stage: (each.prompt_tokens, each.purposes) for each in spend.by_stage(rows, [], [])}
+    assert booked == {"sample": (10, ""), "curate": (20, "best_of_n"), "onpolicy": (70, "judge, rubric"),
+                      "win_rate": (50, ""), "evaluate": (60, "")}  # fmt: skip
+    assert set(booked) <= set(spend.STAGES)
 
 
 def test_a_priced_run_shows_dollars_over_time_and_for_each_row(tmp_path: Path) -> None:

@@ -100,6 +100,8 @@ def test_a_round_that_was_killed_is_repeated_exactly(project_file: Path) -> None
     for name in ("round-1", "round-2"):
         assert same(adapter(project_file, name), adapter(project_file, name, "killed"))
     assert rows(project_file, "select count(*) from attempts") == asked
+    evaluated = rows(project_file, "select distinct checkpoint from metrics where stage = 'evaluate' order by all")
+    assert evaluated == [("base",), ("sft",), ("teacher",)]  # the rounds' own numbers are of the earlier ones
 
 
 def test_the_second_round_alone_is_the_same_as_in_one_go(project_file: Path) -> None:
@@ -123,6 +125,16 @@ def test_sft_learns_the_answers_and_keeps_dev_apart(project_file: Path) -> None:
     )
     assert history[-1][0] < history[0][0]
     assert not (project_file.parent / "run" / "trainer").exists()
+
+
+def test_a_shorter_sft_leaves_no_steps_of_the_one_before(project_file: Path) -> None:
+    last = "select max(step) from metrics where stage = 'sft'"
+    for stage in ("sample", "sft"):
+        assert main([stage, "--config", str(project_file)]) == 0
+    ((before,),) = rows(project_file, last)
+    shutil.rmtree(project_file.parent / "run" / "checkpoints")
+    assert main(["sft", "--config", str(project_file), "--sft.trainer.num_train_epochs", "1"]) == 0
+    assert rows(project_file, last) == [(before // 2,)]
 
 
 def test_sft_that_was_killed_goes_on_from_its_last_epoch(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from blackbox_kd.corpus import Corpus
+from blackbox_kd.corpus.history import judged
 from blackbox_kd.judging import better_format, read_better
 from blackbox_kd.settings import JudgedConfig
 from blackbox_kd.types import Interval, Prompt
@@ -125,6 +126,8 @@ def test_asked_again_it_is_read_from_the_corpus(corpus: Corpus) -> None:
     first, asked = measured(corpus, longest, ["aa", "bb", "cc"])
     assert asked == 6
     assert measured(corpus, longest, ["aa", "bb", "cc"]) == (first, 0)
+    assert judged(corpus.path, "judge", list(TEACHER)) == 6
+    assert corpus.rows("SELECT DISTINCT purpose FROM requests") == [("win_rate",)]
 
 
 @pytest.mark.parametrize(

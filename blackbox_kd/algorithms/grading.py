@@ -43,9 +43,16 @@ class Graded(NamedTuple):
 class Grader:
     """The whole procedure of one judge: a rubric of its own, an order of its own."""
 
-    def __init__(self, judge: Teacher, templates: Mapping[str, Template], sampling: SamplingParams) -> None:
-        """`templates`: of the purpose `judge`, and of `rubric` where grades are points of one."""
-        self._judge, self._templates, self._sampling = judge, templates, sampling
+    def __init__(
+        self,
+        judge: Teacher,
+        templates: Mapping[str, Template],
+        sampling: SamplingParams,
+        *,
+        purpose: Purpose = "judge",
+    ) -> None:
+        """`templates`: of the `purpose` that grades are asked for, and of `rubric` where they are points of one."""
+        self._judge, self._templates, self._sampling, self._purpose = judge, templates, sampling, purpose
         self.scorer = scorer(judge.config.model, judge.context.context_hash)
 
     async def grade(self, groups: Sequence[Group], round_: int) -> list[Graded | None]:
@@ -80,9 +87,9 @@ class Grader:
         answers = self._shown(group)
         if not rubric:
             form = judging.grades_format(len(answers))
-            return self._request(group, "judge", form, answers=answers, references=group.references)
+            return self._request(group, self._purpose, form, answers=answers, references=group.references)
         form = judging.verdicts_format(len(answers), len(rubric))
-        return self._request(group, "judge", form, answers=answers, criteria=[line.criterion for line in rubric])
+        return self._request(group, self._purpose, form, answers=answers, criteria=[line.criterion for line in rubric])
 
     def _request(self, group: Group, purpose: Purpose, form: dict[str, Any], **shown: Any) -> Request:
         """Greedy: the same question has one answer, and is asked once."""

@@ -91,12 +91,12 @@ def known(path: Path, keys: Sequence[str]) -> tuple[set[str], set[str]]:
 
 
 def judged(path: Path, model: str, prompt_ids: Sequence[str]) -> int:
-    """Answered questions to a judge about answers to these prompts; 0 where there is no corpus."""
+    """Answered questions which of two answers to one of these prompts is better; 0 where there is no corpus."""
     if not path.exists():
         return 0
     sql = """SELECT count(*) FROM requests SEMI JOIN answered USING (request_key)
              SEMI JOIN (SELECT unnest(?::UUID[]) AS prompt_id) USING (prompt_id)
-             WHERE purpose = 'judge' AND model = ?"""
+             WHERE purpose = 'win_rate' AND model = ?"""
     with connect(path, read_only=True, wait_s=READ_WAIT_S) as con:
         ((found,),) = con.execute(sql, [list(prompt_ids), model]).fetchall()
     return int(found)

@@ -1,16 +1,18 @@
 """What a corpus holds of one run, for `report`: read-only, in one connection, and nothing of the other runs in it.
 
-What a run was billed, wrote and logged carries its run_id. The teacher's answers are found by what was asked (its model
-and private prompt), since another run on the corpus may have paid for them; the student's, by its policy.
+What a run was billed, wrote and logged carries its run_id. The teacher's answers are found by what was asked (`Asked`,
+its model and private prompt), since another run on the corpus may have paid for them; the student's, by its policy and
+by what it was asked. What another run got after the last sign of this one is not this one's.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import duckdb
 
@@ -18,6 +20,21 @@ from blackbox_kd.corpus.connection import READ_WAIT_S, connect
 from blackbox_kd.errors import ConfigError
 
 Row = dict[str, Any]
+
+
+class Asked(NamedTuple):
+    """How a run asks: bodies of its questions as JSON; their messages and seed do not count."""
+
+    sample: str
+    draws: int
+    """Of each sampled prompt."""
+    greedy: str
+    drawn: str
+    """The two of the fixed set, at temperature 0 and 1."""
+    length: int
+    """Tokens of an evaluation answer at most, also of the student's."""
+
+
 Ask = Callable[..., list[Row]]
 """`ask(name, **parameters)`: the rows of one of the questions below."""
 
@@ -34,9 +51,23 @@ _BILLABLE = """SELECT a.*, coalesce(r.purpose, 'unknown') AS purpose, epoch(a.at
     FROM attempts a LEFT JOIN requests r USING (request_key)
     WHERE a.run_id = $run_id::UUID AND r.purpose IS DISTINCT FROM 'rollout'"""
 
-_TEACHER = """c.author = 'teacher' AND r.model = run.model AND r.context_hash IS NOT DISTINCT FROM run.context_hash"""
+_TEACHER = """c.author = 'teacher' AND r.model = run.model AND r.context_hash IS NOT DISTINCT FROM run.context_hash
+    AND (c.run_id = run.run_id OR c.created_at <= run.last_sign)"""
 
-_RUN = "WITH run AS (SELECT * FROM runs WHERE run_id = $run_id::UUID)"
+
+def _how(body: str) -> str:
+    """How a question is asked: its body without what is each question's own."""
+    return f"""json_merge_patch({body}::JSON, '{{"messages": null, "seed": null}}')::VARCHAR"""
+
+
+_SAMPLE = f"r.purpose = 'sample' AND {_how('r.body')} = {_how('$sample')} AND r.sample_idx < $draws"
+_GREEDY = f"{_how('r.body')} = {_how('$greedy')}"
+_FIXED = f"r.purpose = 'evaluate' AND ({_GREEDY} OR {_how('r.body')} = {_how('$drawn')})"
+
+_RUN = """WITH run AS (SELECT *, greatest(started_at,
+        (SELECT max(logged_at) FROM metrics WHERE run_id = $run_id::UUID),
+        (SELECT max(attempted_at) FROM attempts WHERE run_id = $run_id::UUID)) AS last_sign
+    FROM runs WHERE run_id = $run_id::UUID)"""
 
 QUESTIONS = {
     "run": f"""{_RUN} SELECT run_id::VARCHAR AS run_id, run_dir, config, model, context_hash::VARCHAR AS context_hash,
@@ -46,7 +77,7 @@ QUESTIONS = {
         ORDER BY stage, round, checkpoint, step, split, name, at_s, set_id""",
     "prompts": f"""{_RUN} SELECT p.split, count(DISTINCT p.prompt_id) AS prompts
         FROM run, prompts p JOIN completions c USING (prompt_id) JOIN requests r USING (request_key)
-        WHERE r.purpose <> 'probe' AND (c.run_id = run.run_id OR ({_TEACHER} AND r.purpose IN ('sample', 'evaluate')))
+        WHERE r.purpose <> 'probe' AND (c.run_id = run.run_id OR ({_TEACHER} AND ({_SAMPLE} OR {_FIXED})))
         GROUP BY ALL""",
     # `rows`: whole answers; of `sample`, to train prompts: what the sequence-level stage can learn
     "answers": f"""{_RUN} SELECT r.purpose, count(*) AS answers, count(*) FILTER (c.run_id = run.run_id) AS own,
@@ -55,6 +86,7 @@ QUESTIONS = {
         FROM run, (SELECT *, finish_reason = 'stop' AND regexp_matches(text, '\\S') AS whole FROM completions) c
         JOIN requests r USING (request_key)
         WHERE {_TEACHER} AND r.purpose IN ('sample', 'evaluate')
+            AND (c.run_id = run.run_id OR {_SAMPLE} OR {_FIXED})
         GROUP BY ALL ORDER BY ALL""",
     "spend": f"""WITH billable AS ({_BILLABLE})
         SELECT purpose, count(*) AS calls, count(*) FILTER (billed) AS billed, count(*) FILTER (billed IS NULL) AS lost,
@@ -94,12 +126,15 @@ QUESTIONS = {
         ORDER BY min(list_avg(l.token_logprobs)) NULLS LAST, draft.completion_id LIMIT {DRAFTS}""",
     "bases": """SELECT DISTINCT policy FROM completions
         WHERE author = 'student' AND model = $model AND starts_with(policy, 'base:') ORDER BY policy""",
-    # later answers of one author come last
+    # the teacher's two of the fixed set, and the student's greedy ones; later answers of one author come last
     "heldout": f"""{_RUN} SELECT c.completion_id::VARCHAR AS completion_id, c.prompt_id::VARCHAR AS prompt_id,
-            p.messages, c.author, c.policy, (r.body->>'temperature')::DOUBLE AS temperature, c.text, c.finish_reason
+            p.messages, c.author, c.policy, c.author = 'student' OR {_GREEDY} AS greedy,
+            c.text, c.finish_reason
         FROM run, completions c JOIN requests r USING (request_key) JOIN prompts p ON p.prompt_id = c.prompt_id
         WHERE r.purpose = 'evaluate' AND p.split = 'heldout' AND c.choice_idx = 0
-          AND (({_TEACHER}) OR (c.author = 'student' AND c.policy IN (SELECT unnest($policies::VARCHAR[]))))
+          AND (({_TEACHER} AND {_FIXED})
+            OR (c.author = 'student' AND c.policy IN (SELECT unnest($policies::VARCHAR[]))
+                AND (r.body->>'temperature')::DOUBLE = 0 AND (r.body->>'max_tokens')::INTEGER = $length))
         ORDER BY c.created_at, c.completion_id""",
     # by the writer itself, in the order of the text, of each text the first $most; the lists are unnested beside each
     # other, since the view `token_logprobs` copies a whole one for each of its tokens
@@ -119,24 +154,24 @@ QUESTIONS = {
 
 
 @contextmanager
-def reading(path: Path, run_id: str) -> Iterator[Ask]:
-    """Ask about a run of a corpus until the end of the block.
+def reading(path: Path, run_id: str, asked: Callable[[Row], Asked]) -> Iterator[Ask]:
+    """Ask about a run of a corpus until the end of the block; `asked` is told its config.
 
     Raises:
         ConfigError: the corpus knows no such run.
         CorpusError: see `connect`.
     """
     with connect(path, read_only=True, wait_s=READ_WAIT_S) as con:
-        ask = partial(_ask, con, run_id)
-        if not ask("run"):
+        known = {"run_id": run_id}
+        if not (run := _ask(con, known, "run")):
             raise ConfigError(f"{path} knows no run {run_id}: name its corpus with --corpus")
-        yield ask
+        yield partial(_ask, con, known | asked(json.loads(run[0]["config"]))._asdict())
 
 
-def _ask(con: duckdb.DuckDBPyConnection, run_id: str, name: str, **given: Any) -> list[Row]:
+def _ask(con: duckdb.DuckDBPyConnection, known: Row, name: str, **given: Any) -> list[Row]:
     sql = QUESTIONS[name]
     if name in LATER_TABLES and not con.execute(_TABLE, [name]).fetchall():
         return []
-    con.execute(sql, given | ({"run_id": run_id} if "$run_id" in sql else {}))
+    con.execute(sql, given | {key: value for key, value in known.items() if f"${key}" in sql})
     names = [column[0] for column in con.description or []]
     return [dict(zip(names, row, strict=True)) for row in con.fetchall()]

@@ -27,7 +27,7 @@ CREATE TABLE IF NOT EXISTS prompts (
 
 CREATE TABLE IF NOT EXISTS requests (
     request_key   UUID PRIMARY KEY,     -- hash of what is asked: wire version, endpoint, body, sample_idx
-    purpose       VARCHAR NOT NULL,     -- sample, relabel, prefix, rubric, judge, score, fork, rollout, evaluate, probe
+    purpose       VARCHAR NOT NULL,     -- sample, best_of_n, relabel, prefix, rubric, judge, score, fork, rollout, evaluate, win_rate, probe
     prompt_id     UUID NOT NULL,        -- the prompt that it is about
     completion_id UUID,                 -- the student's text that it is about, NULL where about none
     cut_byte      INTEGER,              -- where that text was cut (UTF-8 bytes), NULL where whole

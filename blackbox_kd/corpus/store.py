@@ -228,6 +228,14 @@ class Corpus:
         with self.connect() as con:
             insert(con, "metrics", [{**row, "logged_at": now} for row in rows], replace=True)
 
+    def drop_metrics(self, run_id: str, checkpoint: str, round_: int) -> None:
+        """Those of a checkpoint and of all later rounds."""
+        with self.connect() as con:
+            con.execute(
+                "DELETE FROM metrics WHERE run_id = ?::UUID AND (checkpoint = ? OR round > ?)",
+                [run_id, checkpoint, round_],
+            )
+
     def metrics_by_round(self, run_id: str, stage: str, names: Sequence[str]) -> dict[int, dict[str, float]]:
         """round -> name -> value of metrics that a round has once."""
         found: dict[int, dict[str, float]] = {}

@@ -54,8 +54,7 @@ def by_prompt(rows: Sequence[Row], policies: Mapping[str, str]) -> Answers:
     prompts: dict[str, list[dict[str, str]]] = {}
     found: dict[str, dict[str, Row]] = {}
     for row in rows:
-        greedy = row["temperature"] == 0
-        writer = policies[row["policy"]] if row["author"] == "student" else TEACHER if greedy else DRAWN
+        writer = policies[row["policy"]] if row["author"] == "student" else TEACHER if row["greedy"] else DRAWN
         prompts[row["prompt_id"]] = messages(row["messages"])
         found.setdefault(row["prompt_id"], {})[writer] = row
     return Answers(prompts, found)

@@ -10,6 +10,7 @@ from typing import Any
 from blackbox_kd.config import dump_config
 from blackbox_kd.corpus.run_rows import Ask, Row, reading
 from blackbox_kd.report import loop, spend, tables, words
+from blackbox_kd.report.asked import asked
 from blackbox_kd.report.charts import Chart
 from blackbox_kd.report.examples import Answers, Example, by_prompt, corrected, side_by_side
 from blackbox_kd.report.loop import Station
@@ -69,12 +70,13 @@ def gather(run_dir: Path, run_id: str, corpus: Path, limit: int) -> Facts:
     """Everything about a run; texts are cut after `limit` characters.
 
     Raises:
-        ConfigError: the corpus knows no such run.
+        ConfigError: the corpus knows no such run, or this version no such config.
         CorpusError: it cannot be opened.
     """
-    with reading(corpus, run_id) as ask:
+    with reading(corpus, run_id, asked) as ask:
         (run,) = ask("run")
-        config, metrics = json.loads(run["config"]), ask("metrics")
+        config, there = json.loads(run["config"]), committed(run_dir)
+        metrics = tables.of_checkpoints(ask("metrics"), there, config["onpolicy"]["rounds"])
         set_id = tables.latest_set(metrics)
         sets = {row["set_id"] for row in metrics if row["stage"] == "evaluate"} - {set_id}
         kept = [row for row in metrics if row["stage"] != "evaluate" or row["set_id"] == set_id]
@@ -87,10 +89,10 @@ def gather(run_dir: Path, run_id: str, corpus: Path, limit: int) -> Facts:
             corpus=corpus,
             set_id=set_id,
             other_sets=sorted(sets),
-            unfinished=loop.unfinished(config, committed(run_dir), kept),
+            unfinished=loop.unfinished(config, there, kept),
             dead_letters=ask("dead_letters"),
             curation=ask("curation"),
-            gates=_gates(run_dir),
+            gates={task: gate for task, gate in _gates(run_dir).items() if gate["checkpoint"] in ("base", *there)},
             **_progress(ask, kept),
             **_measured([row for row in kept if row["stage"] == "evaluate"], kept, set_id),
             **_texts(ask, config, run_dir, limit),

@@ -10,9 +10,11 @@ from blackbox_kd.corpus.run_rows import BUCKETS, Row
 from blackbox_kd.report.charts import Chart, Series, chart, stacked
 from blackbox_kd.report.words import duration
 
-STAGE_OF = {"sample": "sample", "evaluate": "evaluate", "probe": "probe"}
-"""Purpose of a call -> stage; all others belong to the on-policy rounds."""
-STAGES = ("probe", "sample", "evaluate", "onpolicy")
+STAGE_OF = {
+    "sample": "sample", "best_of_n": "curate", "evaluate": "evaluate", "win_rate": "win_rate", "probe": "probe",
+}  # fmt: skip
+"""Purpose of a call -> stage, as `plan` has them; all others belong to the on-policy rounds."""
+STAGES = ("probe", "sample", "curate", "evaluate", "win_rate", "onpolicy")
 """As they lie on each other in a chart."""
 ROWS_ARE = {
     "sample": "whole answers to train prompts",

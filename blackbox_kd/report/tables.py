@@ -38,6 +38,16 @@ def in_order(checkpoints: Iterable[str]) -> list[str]:
     return sorted(set(checkpoints), key=lambda name: (name == "teacher", 0 if name == "teacher" else round_of(name)))
 
 
+def of_checkpoints(metrics: Sequence[Row], there: Sequence[str], rounds: int) -> list[Row]:
+    """What was measured of base, teacher and the committed checkpoints, and the training of them and of those to come.
+
+    `there`: committed ones. The numbers of a checkpoint that was deleted say nothing of the run as it is.
+    """
+    evaluated = {"base", "teacher", *there}
+    trained = {"", "sft", *there, *(f"round-{n}" for n in range(1, rounds + 1))}
+    return [row for row in metrics if row["checkpoint"] in (evaluated if row["stage"] == "evaluate" else trained)]
+
+
 def latest_set(metrics: Sequence[Row]) -> str | None:
     """The set_id that `evaluate`, else a look in between, measured last; rows of others do not compare."""
     measured = [row for row in metrics if row["set_id"]]
@@ -142,9 +152,9 @@ def _place(row: Row, spans: dict[str, tuple[int, int]]) -> int | None:
 
 
 def training(metrics: Sequence[Row]) -> list[Series]:
-    """What was learnt, nats a token: hard labels of train and dev rows in sft, of the rounds' own targets after it."""
+    """What was learnt, nats a token: `nll` of train and dev rows in sft, `ce_nll` of the rounds' targets after it."""
     spans, found = stages(metrics), []
-    wanted = [("train", "nll", "sft, train"), ("dev", "nll", "sft, dev"), ("train", "ce_nll", "rounds, targets")]
+    wanted = [("train", "nll", "nll, train"), ("dev", "nll", "nll, dev"), ("train", "ce_nll", "ce_nll, rounds")]
     for tone, (split, name, shown) in enumerate(wanted):
         points = [
             Point(spans[row["checkpoint"]][0] + row["step"], row["value"], label=f"{row['checkpoint']}:")
