@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from blackbox_kd.checkers import task_prompts
 from blackbox_kd.command import config_of, guarded, parser
 from blackbox_kd.corpus.history import History, history, judged, known, probed
 from blackbox_kd.hashing import canonical_json
@@ -205,7 +206,7 @@ def dollars(price: PriceConfig | None, prompt_tokens: int, completion_tokens: fl
 
 def plan(config: Config) -> dict[str, Any]:
     """All stages, their sum, and what the estimates rest on."""
-    prompts = PromptSet(config.prompts)
+    prompts = PromptSet(config.prompts, task_prompts(config.evaluate.tasks))
     found = probed(config.corpus_path, config.teacher.model, config.teacher.address)
     can = msgspec.convert(found | config.teacher.capabilities, Capabilities)
     config, chosen = settled(config, prompts, can)

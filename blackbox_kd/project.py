@@ -9,6 +9,7 @@ from typing import Any
 
 from blackbox_kd import vllm
 from blackbox_kd.algorithms.base import Tools
+from blackbox_kd.checkers import task_prompts
 from blackbox_kd.corpus import Corpus, curation
 from blackbox_kd.errors import ConfigError
 from blackbox_kd.hashing import content_id
@@ -78,7 +79,7 @@ class Project:
 
     def __enter__(self) -> Project:
         config = self.config
-        self.prompts = PromptSet(config.prompts)
+        self.prompts = PromptSet(config.prompts, task_prompts(config.evaluate.tasks))
         config.teacher.check()
         if config.onpolicy.vllm:
             vllm.endpoint(config.onpolicy.vllm)
@@ -189,8 +190,7 @@ class Project:
             found["curate"]["judge"] = [self.judge.config.model, self.judge.context.context_hash]
             found["curate"]["grades"] = content_id(template.source)
         if config.curate.eval_overlap == "drop":
-            held_apart = [prompt.prompt_id for split in SPLITS if split != "train" for prompt in self.prompts[split]]
-            found["curate"]["evaluation"] = content_id(held_apart)
+            found["curate"]["evaluation"] = content_id([prompt.prompt_id for prompt in self.prompts.evaluation])
         if checkpoint != "sft":
             found |= config.sections("onpolicy")
             del found["onpolicy"]["rounds"], found["onpolicy"]["vllm"]
