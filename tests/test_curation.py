@@ -163,6 +163,12 @@ def test_an_instruction_that_evaluation_prompts_share_is_no_overlap() -> None:
     assert found([answer("yes", f"{SENTENCE}: something else")], held) == []
 
 
+def test_a_sentence_of_a_few_evaluation_prompts_is_an_overlap() -> None:
+    shared = [f"{SENTENCE}: {word}" for word in WORDS[:4]]
+    held = tuple(prompt(text, split="heldout") for text in [*shared, *WORDS[4:24]])
+    assert found([answer("yes", f"{SENTENCE}: something else")], held) == [(0, "eval_overlap", "flag")]
+
+
 # --- lengths
 
 
