@@ -38,11 +38,16 @@ def settled(config: Config, prompts: PromptSet, can: Capabilities) -> tuple[Conf
         asked = prompts.count("train", config.sample.max_prompts) * config.sample.draws
         fixed = prompts.count("heldout") + prompts.count("ood")
         judged = most_questions(fixed, loop.rounds + 2) if config.evaluate.judge else 0
-        return None if cap is None else cap - asked - 2 * fixed - judged
+        return None if cap is None else cap - asked - most_graded(config, prompts) - 2 * fixed - judged
 
     in_all = loop.rounds * min(loop.prompts_per_round, prompts.count("train"))
     chosen, why = loop.algorithm.resolve(can, in_all, loop.max_completion_length, left)
     return config.model_copy(update={"onpolicy": loop.model_copy(update={"algorithm": chosen})}), why
+
+
+def most_graded(config: Config, prompts: PromptSet) -> int:
+    """Questions of `curate.best_of_n`: one a prompt, if its answers differ."""
+    return prompts.count("train", config.sample.max_prompts) if config.curate.best_of_n != "off" else 0
 
 
 def affordable(config: Config, prompts: PromptSet) -> int | None:
