@@ -115,6 +115,7 @@ def test_the_best_of_n_is_a_question_a_prompt_until_it_is_answered(
     assert found["total"]["to_ask"] == 12 + 6 + 6 + 14
     for command in ("sample", "curate"):
         assert main([command, "--config", str(project_file), *flags]) == 0
+    capsys.readouterr()
     row = planned(project_file, capsys, *flags)["curate"]
     assert [row[name] for name in ("questions", "cached", "to_ask")] == [6, 6, 0]
 
