@@ -94,7 +94,7 @@ def eval_overlap(answers: Sequence[Answer], evaluation: Sequence[Prompt], config
     for answer in answers if beginning else ():
         if hit := _overlap(words(f"{answer.asked}\n{answer.text}"), beginning, shortest):
             gram, prompt = hit
-            yield answer, f"{prompt.split} prompt {prompt.prompt_id}: {' '.join(gram)!r}"
+            yield answer, f"{prompt.split} prompt {prompt.prompt_id}: {patterns.quoted(gram, said(prompt))}"
 
 
 def length_outlier(answers: Sequence[Answer], evaluation: Sequence[Prompt], config: CurateConfig) -> Found:
