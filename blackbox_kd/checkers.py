@@ -171,6 +171,15 @@ def load_task(name: str, path: str) -> list[Item]:
     return items
 
 
+def task_prompts(tasks: Mapping[str, str]) -> list[Prompt]:
+    """Those of all tasks, by name and file.
+
+    Raises:
+        ConfigError: see `load_task`.
+    """
+    return [item.prompt for name, path in tasks.items() for item in load_task(name, path)]
+
+
 def checker_of(row: Mapping[str, Any], where: str) -> Checker:
     """What a row says of a right answer.
 

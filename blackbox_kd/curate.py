@@ -20,7 +20,7 @@ from blackbox_kd.curation import Answer, Verdict, judged, remaining
 from blackbox_kd.errors import TrainingError
 from blackbox_kd.progress import say
 from blackbox_kd.project import Project
-from blackbox_kd.prompts import SPLITS, Template
+from blackbox_kd.prompts import Template
 from blackbox_kd.sql import show as show_table
 from blackbox_kd.types import Usage
 
@@ -55,8 +55,7 @@ async def apply(project: Project, answers: Sequence[Answer] | None = None) -> li
         TeacherError: see `best_of_n`.
     """
     config, answers = project.config.curate, sampled(project) if answers is None else answers
-    evaluation = [prompt for split in SPLITS if split != "train" for prompt in project.prompts[split]]
-    verdicts = judged(answers, evaluation, config)
+    verdicts = judged(answers, project.prompts.evaluation, config)
     if config.best_of_n != "off" and project.judge:
         template = Template(config.grades_template, "curate.grades_template")
         worse = await best_of_n(project.judge, template, remaining(answers, verdicts))

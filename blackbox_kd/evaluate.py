@@ -79,10 +79,9 @@ def check(project: Project) -> None:
     """Whatever can be known to be wrong before a model is loaded or the teacher asked.
 
     Raises:
-        ConfigError: a task, a template or a package.
+        ConfigError: a template or a package.
     """
     config = project.config.evaluate
-    Tasks(config)
     harness.check(config.lm_eval)
     if project.unseen:
         Pairwise(config, project.unseen)

@@ -1,7 +1,9 @@
 """Train prompts that stand in an evaluation split, too: there a student would be measured on what it has learnt.
 
 Equal: the same but for case, blanks and the mark at the end. Near: the Jaccard index of the word pairs, without those
-that are the evaluation prompts' template. The evaluation splits are indexed, train prompts stream past.
+that are the evaluation prompts' template. A sentence of a few of them is taken for a template only where a prompt says
+enough besides, for it may as well be what these few have in common with the train prompt. The evaluation splits are
+indexed, train prompts stream past.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from blackbox_kd.progress import counting
 from blackbox_kd.types import Prompt
 
 FEWEST_SHINGLES = 4
-"""Of an evaluation prompt, beyond the template; a shorter one is looked for as a whole only."""
+"""Of an evaluation prompt, beyond the template of all; a shorter one is looked for as a whole only."""
+OWN_SHINGLES = 8
+"""Of an evaluation prompt, beyond whatever may be a template, for that to be left out."""
 SHOWN = 80
 """Characters of a prompt in a message."""
 
@@ -82,26 +86,44 @@ class HeldApart:
         self._prompts, self._threshold = prompts, threshold
         self._equal = {normalised(said(prompt)): prompt for prompt in reversed(prompts)}
         parts = [shingles(said(prompt)) for prompt in prompts]
-        self._template: set[int] = templates(parts, len(parts))
-        self._parts = [own if len(own := each - self._template) >= FEWEST_SHINGLES else set[int]() for each in parts]
-        self._all = set().union(*self._parts)
-        self._index: NearIndex | None = None
+        common, frequent = templates(parts, [prompt.split for prompt in prompts])
+        own = {place: each - frequent for place, each in enumerate(parts) if len(each - frequent) >= OWN_SHINGLES}
+        rest = {place: each - common for place, each in enumerate(parts) if place not in own}
+        rest = {place: each for place, each in rest.items() if len(each) >= FEWEST_SHINGLES}
+        self._beyond = [_Beyond(frequent, own, threshold), _Beyond(common, rest, threshold)]
 
     def leak(self, train: Prompt) -> Leak | None:
         """The evaluation prompt that it comes nearest to, if that is near enough."""
         if equal := self._equal.get(normalised(said(train))):
             return Leak(train, equal, 1.0)
-        mine = shingles(said(train)) - self._template
-        # A near one holds at least this share of its shingles: nearly all train prompts end here, without a MinHash.
-        if self._threshold == 1 or not mine or len(mine & self._all) < self._threshold * len(mine):
+        if self._threshold == 1:
             return None
-        near = max(self._indexed().near(mine), key=lambda found: (found[1], -found[0]), default=None)
-        return Leak(train, self._prompts[near[0]], near[1]) if near else None
+        mine = shingles(said(train))
+        found = [near for beyond in self._beyond for near in beyond.near(mine)]
+        place, jaccard = max(found, key=lambda near: (near[1], -near[0]), default=(0, 0.0))
+        return Leak(train, self._prompts[place], jaccard) if jaccard else None
+
+
+class _Beyond:
+    """Evaluation prompts, by their place, that are compared without the same template."""
+
+    def __init__(self, template: set[int], texts: dict[int, set[int]], threshold: float) -> None:
+        self._template, self._texts, self._threshold = template, texts, threshold
+        self._all = set[int]().union(*texts.values())
+        self._index: NearIndex | None = None
+
+    def near(self, text: set[int]) -> Iterable[tuple[int, float]]:
+        """(place, Jaccard index) of those that are near."""
+        mine = text - self._template
+        # A near one holds at least this share of its shingles: nearly all train prompts end here, without a MinHash.
+        if not mine or len(mine & self._all) < self._threshold * len(mine):
+            return ()
+        return self._indexed().near(mine)
 
     def _indexed(self) -> NearIndex:
         if self._index is None:
             self._index = NearIndex(self._threshold)
-            for place, parts in enumerate(self._parts):
+            for place, parts in self._texts.items():
                 self._index.add(place, parts)
         return self._index
 

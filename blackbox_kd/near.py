@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 import unicodedata
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -26,10 +26,10 @@ MISSED = 1e-4
 """The largest probability that a pair just at the threshold is not found."""
 MOST_CANDIDATES = 100
 """Looked at for one text, the earliest: thousands of texts that share a long part would else be compared one by one."""
-TEMPLATE_SHARE = 0.1
-"""What stands in more of the texts is their template, and says nothing of any of them ..."""
-TEMPLATE_TEXTS = 3
-"""... where it is in more than so many (GPT-3 ignored what stood in more than 10 documents, 2005.14165, appendix C)."""
+COMMON = 0.5, 3
+"""What stands in more than this share of the texts, and in more than so many, is their template."""
+FREQUENT = 0.1, 10
+"""So may be what stands in more than these (GPT-3 ignored what more than 10 documents held, 2005.14165, appendix C)."""
 
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 """Scripts without blanks between words (Thai, Lao, Burmese, Khmer, Japanese, Chinese): each character is a word."""
@@ -69,10 +69,26 @@ def jaccard(one: Collection[int], other: Collection[int]) -> float:
     return len(mine & theirs) / len(mine | theirs) if mine or theirs else 1.0
 
 
-def templates(texts: Iterable[Iterable[Any]], size: int) -> set[Any]:
-    """The parts (shingles, n-grams) that so many of `size` texts share that they tell none from another."""
-    count = Counter(part for parts in texts for part in set(parts))
-    return {part for part, texts_with in count.items() if texts_with > max(TEMPLATE_TEXTS, TEMPLATE_SHARE * size)}
+class Templates(NamedTuple):
+    """Parts (shingles, n-grams) that many texts share."""
+
+    common: set[Any]
+    """They tell none of the texts from another."""
+    frequent: set[Any]
+    """These, and those of a tenth: one of several templates, or what a few texts say in nearly the same words."""
+
+
+def templates(texts: Sequence[Iterable[Any]], collections: Sequence[str]) -> Templates:
+    """Of texts by their parts; `collections` names the one of each, for a template is that of a collection."""
+    count, found = defaultdict[str, Counter[Any]](Counter), Templates(set(), set())
+    for collection, parts in zip(collections, texts, strict=True):
+        count[collection].update(set(parts))
+    sizes = Counter(collections)
+    for collection, parts in count.items():
+        common, frequent = (max(share * sizes[collection], least) for share, least in (COMMON, FREQUENT))
+        found.common.update(part for part, texts_with in parts.items() if texts_with > common)
+        found.frequent.update(part for part, texts_with in parts.items() if texts_with > min(common, frequent))
+    return found
 
 
 def may_have_twins(texts: Sequence[np.ndarray], threshold: float) -> list[bool]:

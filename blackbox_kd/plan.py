@@ -1,4 +1,4 @@
-"""`plan`: what `sample`, `onpolicy` and `evaluate` would ask and cost, and how long that takes.
+"""`plan`: what `sample`, `curate`, `onpolicy` and `evaluate` would ask and cost, and how long that takes.
 
     blackbox-kd plan --config quickstart
 
@@ -10,52 +10,31 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
-from pathlib import Path
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import msgspec
 
+from blackbox_kd.checkers import task_prompts
 from blackbox_kd.command import config_of, guarded, parser
-from blackbox_kd.corpus.history import History, history, judged, known, probed
-from blackbox_kd.hashing import canonical_json
-from blackbox_kd.progress import counting
+from blackbox_kd.corpus.history import history, probed
 from blackbox_kd.project import sample_questions, settled
 from blackbox_kd.prompts import PromptSet
-from blackbox_kd.run_dir import committed, round_of
+from blackbox_kd.questions import Count, count, count_best_of_n, count_onpolicy, count_win_rate, mean_of
 from blackbox_kd.settings import Config
 from blackbox_kd.sql import show
 from blackbox_kd.status import duration, money
-from blackbox_kd.teachers.base import Capabilities, PriceConfig, TeacherConfig
+from blackbox_kd.teachers.base import Capabilities, PriceConfig
 from blackbox_kd.teachers.prices import price_of
 from blackbox_kd.teachers.teacher import Questions
-from blackbox_kd.types import Prompt, Purpose, Request, Usage
-from blackbox_kd.winrate import Pair, Pairwise, most_questions
+from blackbox_kd.types import Usage
 from blackbox_kd.yardstick import FIXED_SPLITS, fixed_questions
 
-CHUNK = 2000
-"""Requests that are held in memory and looked up at once."""
 BYTES_PER_TOKEN = 4.0
 """Where no call has been seen; of English text."""
 GUESSED_SHARE = 0.25
 """Of the maximum length, for the low estimate where no answer has been seen."""
-OTHER_STAGES: tuple[Purpose, ...] = ("sample", "evaluate", "probe", "rollout")
-"""Purposes that are not an algorithm's."""
-SAMPLE_PROMPTS = 1000
-"""Train prompts whose length stands for that of all on-policy questions."""
-
-
-class Count(msgspec.Struct, kw_only=True):
-    """The questions of one stage."""
-
-    questions: int = 0
-    cached: int = 0
-    dead: int = 0
-    to_ask: int = 0
-    prompt_tokens: float = 0.0
-    longest: int | None = 0
-    """Completion tokens of everything that is asked, at most; None where nothing limits them."""
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,104 +53,6 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     usd_low: float | None
     usd_high: float | None
     seconds: float | None
-
-
-def count(requests: Iterable[Request], corpus: Path, config: TeacherConfig, tokens_per_byte: float) -> Count:
-    """Look every request up, a chunk at a time."""
-    found = Count()
-    with counting("looking up", None) as progress:
-        for chunk in chunks(requests):
-            look_up(found, chunk, corpus, config, tokens_per_byte)
-            progress.advance(len(chunk))
-    return found
-
-
-def look_up(found: Count, chunk: list[Request], corpus: Path, config: TeacherConfig, tokens_per_byte: float) -> None:
-    """Add a chunk to what has been found."""
-    answered, dead = known(corpus, [request.request_key for request in chunk])
-    skipped = answered if config.retry_dead_letters else answered | dead
-    asked = [request for request in chunk if request.request_key not in skipped]
-    found.questions += len(chunk)
-    found.cached += len(answered)
-    found.dead += len(dead)
-    found.to_ask += len(asked)
-    found.prompt_tokens += tokens_per_byte * sum(map(size, asked))
-    for request in asked:
-        found.longest = added(found.longest, longest(request, config))
-
-
-def chunks(requests: Iterable[Request]) -> Iterator[list[Request]]:
-    """Lists of at most CHUNK."""
-    iterator = iter(requests)
-    while chunk := list(islice(iterator, CHUNK)):
-        yield chunk
-
-
-def size(request: Request) -> int:
-    """Bytes of its messages, as JSON."""
-    return len(canonical_json(request.body["messages"]).encode())
-
-
-def longest(request: Request, config: TeacherConfig) -> int | None:
-    """The most completion tokens that it can cost; None where the body sets no limit."""
-    limit = request.body.get(config.token_limit_param)
-    return None if limit is None else int(limit) * int(request.body.get("n") or 1)
-
-
-def added(one: float | None, other: float | None) -> Any:
-    """Their sum; None where one of them is not known."""
-    return None if one is None or other is None else one + other
-
-
-def count_onpolicy(
-    config: Config, prompts: PromptSet, can: Capabilities, teacher: Questions, seen: History, per_byte: float
-) -> Count:
-    """The questions of all rounds; they are about texts that the student has not written yet, so they are estimated."""
-    loop = config.onpolicy
-    train = prompts.count("train")
-    if loop.algorithm.reply_tokens is None:  # a prompt is asked about once, and those of `sample` were
-        fresh = max(
-            0, min(loop.rounds * loop.prompts_per_round, train) - prompts.count("train", config.sample.max_prompts)
-        )
-        asked = islice(prompts.stream("train"), train - fresh, None)
-        return count(sample_questions(teacher, asked), config.corpus_path, config.teacher, per_byte)
-    rollouts = min(loop.prompts_per_round, train) * loop.algorithm.rollouts_per_prompt
-    per_round = round(rollouts * loop.algorithm.calls_for(can, loop.max_completion_length))
-    done = min(loop.rounds, max(map(round_of, committed(config.run_dir)), default=0))
-    to_ask = (loop.rounds - max(0, done)) * per_round
-    prompt_tokens = mean_of(seen.prompt_tokens)
-    if prompt_tokens is None:
-        sampled = [size(teacher.request(p, "relabel", loop.sampling)) for p in prompts.stream("train", SAMPLE_PROMPTS)]
-        prompt_tokens = per_byte * sum(sampled) / len(sampled) + loop.max_completion_length  # with a whole draft in it
-    return Count(
-        questions=loop.rounds * per_round,
-        cached=loop.rounds * per_round - to_ask,
-        to_ask=to_ask,
-        prompt_tokens=to_ask * prompt_tokens,
-        longest=to_ask * loop.algorithm.reply_tokens,
-    )
-
-
-def count_win_rate(config: Config, judge: TeacherConfig, fixed: Sequence[Prompt], per_byte: float) -> Count:
-    """The questions to `evaluate.judge`, at most: a pair of equal answers is not asked about."""
-    asked = Pairwise(config.evaluate, Questions(judge))
-    sizes = [size(both[0]) for prompt in fixed if (both := asked.requests(Pair(prompt, "", "-")))]
-    questions = most_questions(len(fixed), config.onpolicy.rounds + 2)
-    cached = min(questions, judged(config.corpus_path, judge.model, [prompt.prompt_id for prompt in fixed]))
-    per_prompt = per_byte * sum(sizes) / max(1, len(sizes)) + 2 * config.evaluate.max_completion_length
-    return Count(
-        questions=questions,
-        cached=cached,
-        to_ask=questions - cached,
-        prompt_tokens=(questions - cached) * per_prompt,
-        longest=(questions - cached) * config.evaluate.judge_max_completion_length,
-    )
-
-
-def mean_of(by_purpose: dict[str, float]) -> float | None:
-    """Over the purposes that only algorithms have; None where no such call has been seen."""
-    found = [mean for purpose, mean in by_purpose.items() if purpose not in OTHER_STAGES]
-    return sum(found) / len(found) if found else None
 
 
 def estimate(name: str, found: Count, mean: float | None, rate_per_s: float | None, price: PriceConfig | None) -> Stage:
@@ -205,7 +86,7 @@ def dollars(price: PriceConfig | None, prompt_tokens: int, completion_tokens: fl
 
 def plan(config: Config) -> dict[str, Any]:
     """All stages, their sum, and what the estimates rest on."""
-    prompts = PromptSet(config.prompts)
+    prompts = PromptSet(config.prompts, task_prompts(config.evaluate.tasks))
     found = probed(config.corpus_path, config.teacher.model, config.teacher.address)
     can = msgspec.convert(found | config.teacher.capabilities, Capabilities)
     config, chosen = settled(config, prompts, can)
@@ -225,6 +106,10 @@ def plan(config: Config) -> dict[str, Any]:
     terms = dict.fromkeys(counts, (seen.rate_per_s, price))
     if config.onpolicy.algorithm.needs_judge and config.judge:
         terms["onpolicy"] = None, price_of(config.judge)
+    if config.curate.best_of_n != "off" and config.judge:
+        counts["curate"] = count_best_of_n(config, config.judge, prompts, per_byte)
+        means["curate"] = history(path, config.judge.model).completion_tokens.get("judge")
+        terms["curate"] = None, price_of(config.judge)
     if judge := config.evaluate.judge:
         counts["win_rate"] = count_win_rate(config, judge, fixed, per_byte)
         means["win_rate"] = history(path, judge.model).completion_tokens.get("win_rate")

@@ -9,6 +9,7 @@ from typing import Any
 
 from blackbox_kd import vllm
 from blackbox_kd.algorithms.base import Tools
+from blackbox_kd.checkers import task_prompts
 from blackbox_kd.corpus import Corpus, curation
 from blackbox_kd.errors import ConfigError
 from blackbox_kd.hashing import content_id
@@ -37,11 +38,16 @@ def settled(config: Config, prompts: PromptSet, can: Capabilities) -> tuple[Conf
         asked = prompts.count("train", config.sample.max_prompts) * config.sample.draws
         fixed = prompts.count("heldout") + prompts.count("ood")
         judged = most_questions(fixed, loop.rounds + 2) if config.evaluate.judge else 0
-        return None if cap is None else cap - asked - 2 * fixed - judged
+        return None if cap is None else cap - asked - most_graded(config, prompts) - 2 * fixed - judged
 
     in_all = loop.rounds * min(loop.prompts_per_round, prompts.count("train"))
     chosen, why = loop.algorithm.resolve(can, in_all, loop.max_completion_length, left)
     return config.model_copy(update={"onpolicy": loop.model_copy(update={"algorithm": chosen})}), why
+
+
+def most_graded(config: Config, prompts: PromptSet) -> int:
+    """Questions of `curate.best_of_n`: one a prompt, if its answers differ."""
+    return prompts.count("train", config.sample.max_prompts) if config.curate.best_of_n != "off" else 0
 
 
 def affordable(config: Config, prompts: PromptSet) -> int | None:
@@ -78,7 +84,7 @@ class Project:
 
     def __enter__(self) -> Project:
         config = self.config
-        self.prompts = PromptSet(config.prompts)
+        self.prompts = PromptSet(config.prompts, task_prompts(config.evaluate.tasks))
         config.teacher.check()
         if config.onpolicy.vllm:
             vllm.endpoint(config.onpolicy.vllm)
@@ -189,8 +195,7 @@ class Project:
             found["curate"]["judge"] = [self.judge.config.model, self.judge.context.context_hash]
             found["curate"]["grades"] = content_id(template.source)
         if config.curate.eval_overlap == "drop":
-            held_apart = [prompt.prompt_id for split in SPLITS if split != "train" for prompt in self.prompts[split]]
-            found["curate"]["evaluation"] = content_id(held_apart)
+            found["curate"]["evaluation"] = content_id([prompt.prompt_id for prompt in self.prompts.evaluation])
         if checkpoint != "sft":
             found |= config.sections("onpolicy")
             del found["onpolicy"]["rounds"], found["onpolicy"]["vllm"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -35,11 +35,13 @@ class PromptSet:
     All rows are checked at the start; train prompts are not held, so that a million of them cost nothing.
     """
 
-    def __init__(self, config: PromptsConfig) -> None:
-        """Raises:
-        ConfigError: a missing file, a line that is not such a row (with its number), a prompt in two splits.
+    def __init__(self, config: PromptsConfig, tasks: Sequence[Prompt] = ()) -> None:
+        """`tasks`: prompts of hold-back tasks. They are in no file of a split, and no train prompt may be one of them.
+
+        Raises:
+            ConfigError: a missing file, a line that is not such a row (with its number), a prompt in two splits.
         """
-        self._config, self._limits = config, config.limits
+        self._config, self._limits, self._tasks = config, config.limits, tasks
         path = find_file(config.path, "prompts.path")
         files = [(path / f"{split}.jsonl", split) for split in SPLITS] if path.is_dir() else [(path, SPLITS[0])]
         self._files = [(file, default) for file, default in files if file.exists() or default == "train"]
@@ -53,7 +55,7 @@ class PromptSet:
             self._leave_out()
 
     def _leave_out(self) -> None:
-        found = find_leaks(self._train_prompts(), self._evaluation, self._config.leak_jaccard, self._train)
+        found = find_leaks(self._train_prompts(), self.evaluation, self._config.leak_jaccard, self._train)
         self._left_out = found.prompt_ids
         self._train -= len(found)
         if found:
@@ -62,15 +64,16 @@ class PromptSet:
             raise ConfigError(f"prompts.path {self._config.path!r}: every train prompt is in an evaluation split, too")
 
     @property
-    def _evaluation(self) -> list[Prompt]:
-        return [prompt for prompts in (self._loaded[s] for s in SPLITS if s != "train") for prompt in prompts]
+    def evaluation(self) -> list[Prompt]:
+        """What a checkpoint is measured on: all splits but train, and the tasks."""
+        return [*(prompt for split in SPLITS if split != "train" for prompt in self._loaded[split]), *self._tasks]
 
     @cached_property
     def leaks(self) -> Leaks:
         """Train prompts that are in an evaluation split, too; none where they are left out or nobody is to look."""
         if self._config.leaks != "stop":
             return Leaks()
-        return find_leaks(self.stream("train"), self._evaluation, self._config.leak_jaccard, self.count("train"))
+        return find_leaks(self.stream("train"), self.evaluation, self._config.leak_jaccard, self.count("train"))
 
     def refuse_leaks(self) -> None:
         """Raises:

@@ -27,6 +27,8 @@ from blackbox_kd.hashing import content_id, file_hash
 
 SETTINGS_FILE = "settings.json"
 """In each checkpoint: the sections of the config that made it."""
+NEWER_SECTIONS = {"curate": "curation"}
+"""Sections of which checkpoints of earlier versions say nothing, and what they brought."""
 ADAPTER_FILE = "adapter_model.safetensors"
 """In each checkpoint: its weights, as PEFT names them."""
 
@@ -108,15 +110,25 @@ class RunDir:
         """
         if name not in self.checkpoints():
             return False
-        made = flatten(self.made_with(name))
-        wanted = flatten(json.loads(json.dumps(settings)))
-        for key in sorted(made.keys() | wanted.keys()):
-            if made.get(key) != wanted.get(key):
-                raise ConfigError(
-                    f"{self.checkpoint(name)} was made with {key} {made.get(key)!r}, the config now says "
-                    f"{wanted.get(key)!r}; choose another --run_dir, or delete that folder and the later ones"
-                )
+        made = self.made_with(name)
+        if why := _differing(made, json.loads(json.dumps(settings))):
+            raise ConfigError(
+                f"{self.checkpoint(name)} was made {why}; choose another --run_dir, or delete that folder and the "
+                "later ones"
+            )
         return True
+
+
+def _differing(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """How settings were others than those that are wanted."""
+    for section, brought in NEWER_SECTIONS.items():
+        if section in wanted and section not in made:
+            return f"before {brought} existed (the section {section})"
+    old, new = flatten(made), flatten(wanted)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            return f"with {key} {old.get(key)!r}, the config now says {new.get(key)!r}"
+    return None
 
 
 def committed(path: Path) -> list[str]:

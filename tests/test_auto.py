@@ -106,6 +106,16 @@ def test_plan_counts_what_it_would_choose(project_file: Path, capsys: pytest.Cap
         assert stage["questions"] == questions
 
 
+def test_what_the_choice_among_answers_takes_is_not_left_for_the_loop(
+    project_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*AUTO, "--teacher.capabilities", "{prefill: prefix}", "--sample.n", "2", "--max-requests", "32"]
+    graded = ["--judge", "{provider: scripted, model: judge}", "--curate.best_of_n", "drop"]
+    for more, chosen in ((graded, "preference"), ([], "prefix")):
+        assert main(["plan", "--config", str(project_file), *flags, *more, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["algorithm"].startswith(f"{chosen}; ")
+
+
 def test_a_higher_cap_goes_on_with_what_was_chosen(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["run", "--config", str(project_file), *AUTO, "--teacher.capabilities", "{n_max: 2}"]
     assert main([*command, "--max-tokens", str(24 * WORST)]) in (0, 4)

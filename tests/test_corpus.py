@@ -102,6 +102,14 @@ def test_prompts_and_requests_that_are_there_stay_as_they_were(corpus: Corpus) -
     assert corpus.rows("SELECT purpose, sample_idx FROM requests ORDER BY ALL") == [("sample", 0), ("sample", 1)]
 
 
+def test_a_prompt_that_is_trained_on_is_a_train_prompt_whatever_it_was_before(corpus: Corpus) -> None:
+    corpus.add_prompts([prompt(split="holdback", meta={"n": 1}), prompt("Ho", split="ood")])
+    corpus.add_prompts([prompt(split="train")])
+    assert corpus.rows("SELECT split, meta::VARCHAR FROM prompts ORDER BY split") == [
+        ("ood", "{}"), ("train", '{"n":1}'),
+    ]  # fmt: skip
+
+
 def test_a_call_that_was_sent_and_never_answered_is_an_attempt_only_once_its_process_is_gone(corpus: Corpus) -> None:
     call = attempt()
     corpus.try_ingest([sent(call)])

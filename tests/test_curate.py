@@ -119,6 +119,44 @@ def test_an_edited_evaluation_file_stops_sft_before_it_trains(
     assert len(trained_on(project_file, "--prompts.leaks", "drop")) == 5  # the seventh has moved up, unanswered
 
 
+@pytest.fixture
+def tasked(project_file: Path) -> list[str]:
+    """Flags of a project with a task of two questions, one of which is a train prompt."""
+    task = project_file.parent / "mine.jsonl"
+    rows = [{"prompt": asked, "checker": "exact", "answer": "x"} for asked in ("Say train 3", "Which day is it?")]
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--config", str(project_file), "--evaluate.tasks", f"{{mine: {task}}}"]
+
+
+def test_a_train_prompt_that_is_a_question_of_a_task_stops_sft_or_is_left_out(
+    project_file: Path, tasked: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sft", *tasked]) == 2
+    assert (
+        "(1 in holdback), such as 'Say train 3' (train.jsonl), which is the same as 'Say train 3' (mine.jsonl)"
+    ) in capsys.readouterr().err
+    assert main(["plan", *tasked, "--prompts.leaks", "drop"]) == 0
+    assert "1 train prompts are in an evaluation split" in capsys.readouterr().err
+    assert main(["sample", *tasked, "--prompts.leaks", "drop"]) == 0
+    assert rows(project_file, "select count(*) from prompts where messages::varchar like '%Say train 3\"%'") == [(0,)]
+
+
+def test_what_is_trained_on_although_a_task_asks_it_is_in_the_view_sft(project_file: Path, tasked: list[str]) -> None:
+    allowed = [*tasked, "--prompts.leaks", "allow"]
+    for command in ("evaluate", "sample"):  # the task's row comes first
+        assert main([command, *allowed]) == 0
+    assert rows(project_file, "select count(*) from sft") == [(len(trained_on(project_file, *allowed[2:])),)]
+
+
+def test_words_of_a_tasks_question_in_an_answer_are_flagged(egg_file: Path) -> None:
+    task = egg_file.parent / "mine.jsonl"
+    task.write_text(json.dumps({"prompt": REPLIES["How long do I boil an egg?"], "checker": "exact", "answer": "x"}))
+    flags = ["--config", str(egg_file), "--evaluate.tasks", f"{{mine: {task}}}"]
+    assert main(["sample", *flags]) == 0
+    assert main(["curate", *flags]) == 0
+    assert rows(egg_file, "select count(*) > 0 from curation where reason = 'eval_overlap'") == [(True,)]
+
+
 def test_nothing_left_and_nothing_there_are_one_line(egg_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["curate", "--config", str(egg_file)]) == 2
     assert "run `sample` first" in capsys.readouterr().err

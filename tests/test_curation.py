@@ -163,6 +163,25 @@ def test_an_instruction_that_evaluation_prompts_share_is_no_overlap() -> None:
     assert found([answer("yes", f"{SENTENCE}: something else")], held) == []
 
 
+def test_what_a_rule_quotes_is_short_and_never_from_a_text_with_personal_data() -> None:
+    mail = (
+        "Write to zoe@example.com or to the harbour master, whoever of the two is there before the evening bell rings"
+    )
+    held = prompt(f"{SENTENCE} and again", split="heldout"), prompt(mail, split="ood")
+    given = [answer(SENTENCE * 2, "A"), answer(mail, "B"), answer("mail zoe@example.com now " * 10, "C")]
+    long, private = [each for each in verdicts(given, held) if each.reason == "eval_overlap"]
+    (loop_,) = [each for each in verdicts(given) if each.reason == "degenerate"]
+    assert long.detail == f"heldout prompt {held[0].prompt_id}: {SENTENCE.lower()[:40]!r}"
+    assert private.detail == f"ood prompt {held[1].prompt_id}: 13 words"
+    assert loop_.detail == "5 words 10 times"
+
+
+def test_a_sentence_of_a_few_evaluation_prompts_is_an_overlap() -> None:
+    shared = [f"{SENTENCE}: {word}" for word in WORDS[:4]]
+    held = tuple(prompt(text, split="heldout") for text in [*shared, *WORDS[4:24]])
+    assert found([answer("yes", f"{SENTENCE}: something else")], held) == [(0, "eval_overlap", "flag")]
+
+
 # --- lengths
 
 

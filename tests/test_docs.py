@@ -17,7 +17,7 @@ import yaml
 from blackbox_kd.__main__ import main
 from blackbox_kd.command import overrides, parser
 from blackbox_kd.config import config_path, load_config, validate
-from blackbox_kd.corpus import query
+from blackbox_kd.corpus import Corpus, curation, query
 from blackbox_kd.settings import Config
 from tests.pages import PAGES, ROOT, Block, anchors, blocks, lines
 
@@ -148,9 +148,24 @@ def test_what_the_page_on_limits_deletes_is_gone(folder: Path) -> None:
     text = "SELECT count(*) FROM {} t WHERE t::VARCHAR LIKE '%Zoe%'"
     before = {table: query(corpus, text.format(table))[1][0][0] for table in ("prompts", "requests")}
     assert all(before.values())
+    ((asked, mine, run_id, other),) = query(
+        corpus,
+        """SELECT prompt_id, min(completion_id), any_value(run_id),
+                  (SELECT min(completion_id) FROM completions c WHERE c.prompt_id <> p.prompt_id)
+           FROM prompts p JOIN completions USING (prompt_id)
+           WHERE messages::VARCHAR LIKE '%Zoe%' GROUP BY prompt_id""",
+    )[1]
+    said = {"action": "flag", "reason": "eval_overlap"}
+    about = [
+        {**said, "completion_id": str(mine), "detail": "heldout prompt of another"},
+        {**said, "completion_id": str(other), "detail": f"heldout prompt {asked}: 'call'"},
+        {**said, "completion_id": str(other), "reason": "pii", "detail": "mail"},
+    ]
+    curation.replace(Corpus(corpus), str(run_id), about)
     exec(compile(block.text, str(block), "exec"), {})
     for (table,) in query(corpus, "SELECT table_name FROM duckdb_tables()")[1]:
         assert query(corpus, text.format(table))[1] == [(0,)], table
+    assert query(corpus, "SELECT detail FROM curation WHERE reason IN ('eval_overlap', 'pii')")[1] == [("mail",)]
 
 
 # Costs

@@ -100,10 +100,17 @@ def test_no_text_with_a_twin_is_passed_over(texts: list[set[int]], threshold: fl
             assert may[i]
 
 
-def test_a_template_is_what_many_texts_share_and_few_texts_have_none() -> None:
-    assert templates([{"t", i} for i in range(10)], 10) == {"t"}
-    assert templates([{"t", i} for i in range(3)], 3) == set()
-    assert templates([{"t" if i < 10 else "u", i} for i in range(200)], 200) == {"u"}
+def test_a_template_is_what_half_of_the_texts_share_and_few_texts_have_none() -> None:
+    assert templates([{"t", i} for i in range(10)], ["a"] * 10) == ({"t"}, {"t"})
+    assert templates([{"t", i} for i in range(3)], ["a"] * 3) == (set(), set())
+    assert templates([{"t" if i < 20 else i} for i in range(200)], ["a"] * 200) == (set(), set())
+    assert templates([{"t" if i < 21 else i} for i in range(200)], ["a"] * 200) == (set(), {"t"})
+    assert templates([{"t" if i < 10 else i} for i in range(24)], ["a"] * 24) == (set(), set())
+
+
+def test_a_template_is_that_of_a_split_however_many_texts_the_others_have() -> None:
+    texts = [{"t" if i < 8 else i} for i in range(1000)]
+    assert templates(texts, ["heldout"] * 8 + ["holdback"] * 992) == ({"t"}, {"t"})
 
 
 # --- leaks
@@ -136,6 +143,34 @@ def test_a_long_instruction_that_all_prompts_share_makes_no_leak() -> None:
     assert len(leaks([*train, heldout[3]], heldout)) == 1
     bare = [f"Question: what does {WORDS[i]} do to {WORDS[i + 1]}?" for i in range(30, 50)]
     assert not leaks(bare, heldout)
+
+
+@pytest.mark.parametrize(("paraphrases", "others"), [(4, 20), (12, 60), (30, 170)])
+def test_a_near_copy_is_found_however_many_evaluation_prompts_are_paraphrases_of_it(
+    paraphrases: int, others: int
+) -> None:
+    rng = random.Random(0)
+    heldout = [f"{SENTENCE} of {WORDS[i]}" for i in range(paraphrases)]
+    heldout += [" ".join(rng.choices(WORDS, k=20)) for _ in range(others)]
+    assert len(leaks([f"{SENTENCE} of harvest", " ".join(rng.choices(WORDS, k=20))], heldout)) == 1
+
+
+def test_several_long_instructions_make_no_leak_where_each_question_says_enough() -> None:
+    instructions = [" ".join(f"{word}{i}" for word in SENTENCE.split() * 3) for i in range(5)]
+    rng = random.Random(0)
+
+    def questions(number: int) -> list[str]:
+        return [f"{instructions[i % 5]}: {' '.join(rng.sample(WORDS, 10))}" for i in range(number)]
+
+    heldout = questions(100)
+    assert not leaks(questions(20), heldout)
+    assert len(leaks([*questions(5), heldout[7].removesuffix(heldout[7].split()[-1])], heldout)) == 1
+
+
+def test_a_word_asked_about_in_one_instruction_makes_no_leak() -> None:
+    heldout = [f"{SENTENCE}: {word}" for word in WORDS[:20]]
+    assert not leaks([f"{SENTENCE}: {word}" for word in WORDS[30:]], heldout)
+    assert len(leaks([f"{SENTENCE}: {word}" for word in WORDS[15:30]], heldout)) == 5
 
 
 @pytest.mark.parametrize("text", [text for text in ODD if text.strip()], ids=repr)

@@ -15,9 +15,9 @@ from blackbox_kd.config import load_config
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.corpus.history import history, known
 from blackbox_kd.corpus.journal import Answered
-from blackbox_kd.plan import CHUNK, count
 from blackbox_kd.project import sample_questions
 from blackbox_kd.prompts import PromptSet
+from blackbox_kd.questions import CHUNK, count
 from blackbox_kd.settings import Config
 from blackbox_kd.teachers.scripted import ScriptedTeacherConfig
 from blackbox_kd.teachers.teacher import Questions
@@ -97,6 +97,27 @@ def test_an_algorithm_says_how_much_it_asks(project_file: Path, capsys: pytest.C
     flags = ["--onpolicy.algorithm.mode", "afresh", "--onpolicy.algorithm.worst_fraction", "0.34"]
     assert planned(project_file, capsys, *flags)["onpolicy"]["questions"] == 2
     assert planned(project_file, capsys, "--onpolicy.rounds", "0")["onpolicy"]["questions"] == 0
+
+
+def test_the_best_of_n_is_a_question_a_prompt_until_it_is_answered(
+    project_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grades = json.dumps({"answer_1": 3, "answer_2": 9})
+    priced = {"provider": "scripted", "model": "judge", "reply": grades, "price": {"input": 1.0, "output": 10.0}}
+    flags = ["--sample.n", "2", "--teacher.reply", "one {{ range(1000000) | random }}", "--judge", json.dumps(priced)]
+    assert "curate" not in planned(project_file, capsys, *flags)
+    flags += ["--curate.best_of_n", "drop"]
+    found = planned(project_file, capsys, *flags)
+    row = found["curate"]
+    assert [row[name] for name in ("questions", "cached", "to_ask")] == [6, 0, 6]
+    assert row["completion_tokens_high"] == 6 * 1024
+    assert row["usd_high"] == pytest.approx((row["prompt_tokens"] + 10 * 6 * 1024) / 1e6)
+    assert found["total"]["to_ask"] == 12 + 6 + 6 + 14
+    for command in ("sample", "curate"):
+        assert main([command, "--config", str(project_file), *flags]) == 0
+    capsys.readouterr()
+    row = planned(project_file, capsys, *flags)["curate"]
+    assert [row[name] for name in ("questions", "cached", "to_ask")] == [6, 6, 0]
 
 
 def test_without_a_length_limit_the_worst_case_is_not_known(

@@ -156,6 +156,16 @@ def test_a_checkpoint_of_other_settings_is_refused(run_dir: RunDir, now: dict[st
     )
 
 
+def test_a_checkpoint_from_before_curation_is_refused_in_words(run_dir: RunDir) -> None:
+    path = commit(run_dir, "sft")
+    with pytest.raises(ConfigError) as caught:
+        run_dir.done("sft", SETTINGS | {"curate": {"best_of_n": "off"}})
+    assert str(caught.value) == (
+        f"{path} was made before curation existed (the section curate); choose another --run_dir, or delete that "
+        "folder and the later ones"
+    )
+
+
 def test_metrics_are_added_line_by_line_over_restarts(tmp_path: Path) -> None:
     for step in (1, 2):
         with RunDir(tmp_path / "run") as run:

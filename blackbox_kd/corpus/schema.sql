@@ -115,7 +115,7 @@ CREATE TABLE IF NOT EXISTS feedback (
 CREATE TABLE IF NOT EXISTS curation (
     completion_id UUID NOT NULL,        -- the teacher's answer; it stays where it is
     reason        VARCHAR NOT NULL,     -- truncated, refusal, degenerate, pii, eval_overlap, length_outlier, near_duplicate, not_best_of_n
-    detail        VARCHAR NOT NULL,     -- what the rule saw; never personal data
+    detail        VARCHAR NOT NULL,     -- what the rule saw; at most 40 characters of a text, and none of one with personal data that `pii` knows
     action        VARCHAR NOT NULL,     -- drop: not learnt; flag: learnt, and noted
     run_id        UUID NOT NULL,        -- the run that curated; its rows are replaced when it does so again
     created_at    TIMESTAMPTZ NOT NULL, -- when it first said so

@@ -125,8 +125,9 @@ class Corpus:
             insert(con, "runs", [row], replace=True)
 
     def add_prompts(self, prompts: Iterable[Prompt]) -> None:
-        """Prompts that are not there yet."""
-        now = timestamp(time.time())
+        """Prompts that are not there yet. Of several splits train wins: what is trained on is not held apart."""
+        now, prompts = timestamp(time.time()), list(prompts)
+        trained = [prompt.prompt_id for prompt in prompts if prompt.split == "train"]
         rows = [
             {"prompt_id": p.prompt_id, "messages": canonical_json(p.messages), "split": p.split, "source": p.source,
              "meta": canonical_json(p.meta), "added_at": now}
@@ -134,6 +135,11 @@ class Corpus:
         ]  # fmt: skip
         with self.connect() as con:
             insert(con, "prompts", rows)
+            con.execute(
+                """UPDATE prompts SET split = 'train'
+                   WHERE split <> 'train' AND prompt_id IN (SELECT unnest(?::UUID[]))""",
+                [trained],
+            )
 
     def add_requests(self, requests: Sequence[Request]) -> None:
         """Requests that are not there yet."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -41,6 +41,9 @@ LOOP_OF_LETTERS = 40
 LOOP_LETTERS = re.compile(rf"([^\W\d_]{{1,8}}?)\1{{{LOOP_OF_LETTERS - 1},}}")
 """Letters in the same sense, in a word that does not end; a long number is one, and a row of dashes is a table's."""
 
+QUOTED = 40
+"""Characters of a text in what is said of it."""
+
 PII = {
     "mail": re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24}\b"),
     "phone": re.compile(
@@ -71,7 +74,7 @@ def opening(text: str) -> str:
 
 
 def loop(text: str) -> str | None:
-    """The n-gram that it repeats again and again."""
+    """The n-gram that it repeats again and again, as far as it may be quoted."""
     endless = any(len(word) >= LOOP_OF_LETTERS for word in text.split())
     if endless and (letters := LOOP_LETTERS.search(text)) and len(letters[0]) >= LOOP_SHARE * len(text):
         return f"{letters[1]!r} {len(letters[0]) // len(letters[1])} times"
@@ -84,13 +87,18 @@ def loop(text: str) -> str | None:
         start, run = _longest_run(ids[size:] == ids[:-size])
         covered = run + size
         if covered >= max(LOOP_TIMES * size, LOOP_LEAST, LOOP_SHARE * len(ids)):
-            return f"{' '.join(found[start : start + size])[:80]!r} {covered // size} times"
+            return f"{quoted(found[start : start + size], text)} {covered // size} times"
     return None
 
 
 def pii(text: str) -> str | None:
     """What kinds there are, never the thing itself."""
     return ", ".join(name for name, pattern in PII.items() if pattern.search(text)) or None
+
+
+def quoted(gram: Sequence[str], text: str) -> str:
+    """The first words of an n-gram of a text; how many they are, where personal data or a secret is in the text."""
+    return f"{len(gram)} words" if pii(text) else repr(" ".join(gram)[:QUOTED])
 
 
 def _longest_run(same: np.ndarray) -> tuple[int, int]:

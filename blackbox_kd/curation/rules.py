@@ -85,7 +85,7 @@ def eval_overlap(answers: Sequence[Answer], evaluation: Sequence[Prompt], config
     """Words in a row of an evaluation prompt, other than those of a template that many of these share."""
     shortest = min(SHORTEST_OVERLAP, config.overlap_ngram)
     grams = [_ngrams(words(said(prompt)), config.overlap_ngram, shortest) for prompt in evaluation]
-    template = templates(grams, len(grams))
+    template = templates(grams, [prompt.split for prompt in evaluation]).frequent
     beginning = defaultdict[tuple[str, ...], dict[tuple[str, ...], Prompt]](dict)
     for prompt, own in zip(evaluation, grams, strict=True):
         for gram in own:
@@ -94,7 +94,7 @@ def eval_overlap(answers: Sequence[Answer], evaluation: Sequence[Prompt], config
     for answer in answers if beginning else ():
         if hit := _overlap(words(f"{answer.asked}\n{answer.text}"), beginning, shortest):
             gram, prompt = hit
-            yield answer, f"{prompt.split} prompt {prompt.prompt_id}: {' '.join(gram)!r}"
+            yield answer, f"{prompt.split} prompt {prompt.prompt_id}: {patterns.quoted(gram, said(prompt))}"
 
 
 def length_outlier(answers: Sequence[Answer], evaluation: Sequence[Prompt], config: CurateConfig) -> Found:
