@@ -108,7 +108,7 @@ def plan(config: Config) -> dict[str, Any]:
         terms["onpolicy"] = None, price_of(config.judge)
     if config.curate.best_of_n != "off" and config.judge:
         counts["curate"] = count_best_of_n(config, config.judge, prompts, per_byte)
-        means["curate"] = history(path, config.judge.model).completion_tokens.get("judge")
+        means["curate"] = history(path, config.judge.model).completion_tokens.get("best_of_n")
         terms["curate"] = None, price_of(config.judge)
     if judge := config.evaluate.judge:
         counts["win_rate"] = count_win_rate(config, judge, fixed, per_byte)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from blackbox_kd.best_of_n import SAMPLING
-from blackbox_kd.corpus.history import History, graded, judged, known
+from blackbox_kd.corpus.history import History, judged, known
 from blackbox_kd.hashing import canonical_json
 from blackbox_kd.judging import conversation
 from blackbox_kd.progress import counting
@@ -27,7 +27,7 @@ Item = TypeVar("Item")
 
 CHUNK = 2000
 """Requests that are held in memory and looked up at once."""
-OTHER_STAGES: tuple[Purpose, ...] = ("sample", "evaluate", "probe", "rollout")
+OTHER_STAGES: tuple[Purpose, ...] = ("sample", "best_of_n", "evaluate", "win_rate", "probe", "rollout")
 """Purposes that are not an algorithm's."""
 SAMPLE_PROMPTS = 1000
 """Train prompts whose length stands for that of all on-policy questions."""
@@ -120,7 +120,7 @@ def count_win_rate(config: Config, judge: TeacherConfig, fixed: Sequence[Prompt]
     asked = Pairwise(config.evaluate, Questions(judge))
     sizes = [size(both[0]) for prompt in fixed if (both := asked.requests(Pair(prompt, "", "-")))]
     questions = most_questions(len(fixed), config.onpolicy.rounds + 2)
-    cached = min(questions, judged(config.corpus_path, judge.model, [prompt.prompt_id for prompt in fixed]))
+    cached = min(questions, judged(config.corpus_path, judge.model, "win_rate", [prompt.prompt_id for prompt in fixed]))
     per_prompt = per_byte * sum(sizes) / max(1, len(sizes)) + 2 * config.evaluate.max_completion_length
     return estimated(questions, questions - cached, per_prompt, config.evaluate.judge_max_completion_length)
 
@@ -130,7 +130,7 @@ def count_best_of_n(config: Config, judge: TeacherConfig, prompts: PromptSet, pe
     questions = most_graded(config, prompts)
     template = Template(config.curate.grades_template, "curate.grades_template")
     sampled = (prompt.prompt_id for prompt in prompts.stream("train", questions))
-    cached = sum(graded(config.corpus_path, judge.model, chunk) for chunk in chunks(sampled))
+    cached = sum(judged(config.corpus_path, judge.model, "best_of_n", chunk) for chunk in chunks(sampled))
     texts = [
         template.render(prompt=conversation(prompt.messages), answers=[""] * config.sample.draws, references=[])
         for prompt in prompts.stream("train", min(questions, SAMPLE_PROMPTS))

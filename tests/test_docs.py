@@ -55,7 +55,8 @@ def test_every_page_is_in_both_tables_of_contents() -> None:
 
 
 def test_scripts_and_results_that_are_named_are_there() -> None:
-    named = {path for text in PAGES.values() for path in re.findall(r"benchmarks/(?:results/)?\w+\.(?:py|jsonl|json)\b", text)}
+    pattern = re.compile(r"benchmarks/(?:results/)?\w+\.(?:py|jsonl|json)\b")
+    named = {path for text in PAGES.values() for path in pattern.findall(text)}
     assert len(named) > 10
     for path in named:
         assert (ROOT / path).exists(), path

@@ -126,7 +126,7 @@ def test_asked_again_it_is_read_from_the_corpus(corpus: Corpus) -> None:
     first, asked = measured(corpus, longest, ["aa", "bb", "cc"])
     assert asked == 6
     assert measured(corpus, longest, ["aa", "bb", "cc"]) == (first, 0)
-    assert judged(corpus.path, "judge", list(TEACHER)) == 6
+    assert judged(corpus.path, "judge", "win_rate", list(TEACHER)) == 6
     assert corpus.rows("SELECT DISTINCT purpose FROM requests") == [("win_rate",)]
 
 

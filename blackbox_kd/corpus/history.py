@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from blackbox_kd.corpus.connection import READ_WAIT_S, connect
+from blackbox_kd.types import Purpose
 
 RECENT = 2000
 """Answered calls that are looked at, the latest."""
@@ -90,26 +91,13 @@ def known(path: Path, keys: Sequence[str]) -> tuple[set[str], set[str]]:
     return answered, dead - answered
 
 
-def graded(path: Path, model: str, prompt_ids: Sequence[str]) -> int:
-    """How many of these prompts have answers that a judge has graded before any round; 0 where there is no corpus."""
-    if not path.exists():
-        return 0
-    sql = """SELECT count(DISTINCT prompt_id) FROM requests
-             SEMI JOIN (SELECT request_key FROM completions WHERE round = 0) USING (request_key)
-             SEMI JOIN (SELECT unnest(?::UUID[]) AS prompt_id) USING (prompt_id)
-             WHERE purpose = 'judge' AND model = ?"""
-    with connect(path, read_only=True, wait_s=READ_WAIT_S) as con:
-        ((found,),) = con.execute(sql, [list(prompt_ids), model]).fetchall()
-    return int(found)
-
-
-def judged(path: Path, model: str, prompt_ids: Sequence[str]) -> int:
-    """Answered questions which of two answers to one of these prompts is better; 0 where there is no corpus."""
+def judged(path: Path, model: str, purpose: Purpose, prompt_ids: Sequence[str]) -> int:
+    """Answered questions to a judge about answers to these prompts; 0 where there is no corpus."""
     if not path.exists():
         return 0
     sql = """SELECT count(*) FROM requests SEMI JOIN answered USING (request_key)
              SEMI JOIN (SELECT unnest(?::UUID[]) AS prompt_id) USING (prompt_id)
-             WHERE purpose = 'win_rate' AND model = ?"""
+             WHERE purpose = ? AND model = ?"""
     with connect(path, read_only=True, wait_s=READ_WAIT_S) as con:
-        ((found,),) = con.execute(sql, [list(prompt_ids), model]).fetchall()
+        ((found,),) = con.execute(sql, [list(prompt_ids), purpose, model]).fetchall()
     return int(found)

@@ -104,14 +104,14 @@ class Component(NamedTuple):
     loss: Callable[..., LossOut]
     normalizer: Callable[[Sequence[TrainSample], str], int]
     """Its normaliser over the samples of an optimiser step."""
-    counted: Callable[[Sequence[TrainSample], str], int]
+    counted: Callable[[Sequence[TrainSample], str], int] = count_tokens
     """Of what its metrics are means, likewise."""
 
 
 COMPONENTS: dict[str, Component] = {
-    "ce": Component(ce, count_taught, count_tokens),
-    "topk_kl": Component(topk_kl, count_taught, count_tokens),
-    "pg": Component(pg, count_tokens, count_tokens),
+    "ce": Component(ce, count_taught),
+    "topk_kl": Component(topk_kl, count_taught),
+    "pg": Component(pg, count_tokens),
     "pair": Component(pair, count_pairs, count_pairs),
 }
 """By the name of the weight stream in `TrainSample.weights`."""
