@@ -77,14 +77,16 @@ class Arm(NamedTuple):
     trials: list[Settings] = LOOP
     """Tried at the smallest spend on the dev prompts; `share` is the loop's of the spend."""
     settings: Settings = {}
+    step: int = 1
+    """Prompts of a round are a multiple of it: 2 where half of them are asked about."""
 
 
 ARMS = {
     "sft": Arm(trials=COPY, settings={"sft.soft_labels": False}),
     "sft:soft": Arm(trials=COPY),
     "relabel": Arm("relabel", 432),
-    "relabel:worst": Arm("relabel:worst", 216),
-    "relabel:afresh": Arm("relabel:afresh", 168),
+    "relabel:worst": Arm("relabel:worst", 216, step=2),
+    "relabel:afresh": Arm("relabel:afresh", 168, step=2),
     "prefix": Arm("prefix", 330),
     "preference:snapshot": Arm("preference:snapshot", trials=FREE),
     "preference:fresh": Arm("preference:fresh", 335),
@@ -111,7 +113,7 @@ class Sizes(NamedTuple):
 
 def sizes(arm: Arm, spend: int, share: float) -> Sizes:
     """Answers for sft, and prompts of each round."""
-    in_loop = int(spend * share / arm.cost / ROUNDS) if arm.cost else 0
+    in_loop = int(spend * share / arm.cost / ROUNDS / arm.step) * arm.step if arm.cost else 0
     unit = max(1, spend // 18_000)  # so that arms of one share have one sft
     answers = round((spend - in_loop * ROUNDS * arm.cost) / ANSWER_TOKENS / unit) * unit
     return Sizes(answers, in_loop if arm.cost else min(16, answers))
