@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from blackbox_kd import health
+from blackbox_kd.health import grams_of
 from blackbox_kd.types import Completion, Interval, Prompt, TopK, scorer
 from blackbox_kd.yardstick import FIXED_SPLITS, FixedSet, Metrics, interval
 
@@ -111,7 +112,7 @@ def distinct(texts: Sequence[str], n: int) -> Interval:
     own = [grams_of(text, n) for text in texts]
     total = sum(own, Counter[tuple[str, ...]]())
     size = total.total()
-    value = len(total) / size if size else 1.0
+    value = health.distinct(texts, n)
     without = [
         (len(total) - sum(total[gram] == count for gram, count in each.items())) / (size - each.total())
         for each in own
@@ -119,9 +120,3 @@ def distinct(texts: Sequence[str], n: int) -> Interval:
     ]
     error = NORMAL_95 * float(np.sqrt((len(without) - 1) * np.var(without))) if without else 0.0
     return Interval(value=value, lo=max(0.0, value - error), hi=min(1.0, value + error))
-
-
-def grams_of(text: str, n: int) -> Counter[tuple[str, ...]]:
-    """How often each n-gram of words stands in a text."""
-    words = text.split()
-    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))

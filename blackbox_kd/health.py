@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -58,8 +59,14 @@ def overlap(one: TopK, other: TopK) -> float:
 
 def distinct(texts: Sequence[str], n: int) -> float:
     """Different n-grams of words over all n-grams (Li et al. 2016, distinct-n); 1 where there are none."""
-    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0
+    grams = sum((grams_of(text, n) for text in texts), Counter[tuple[str, ...]]())
+    return len(grams) / grams.total() if grams else 1.0
+
+
+def grams_of(text: str, n: int) -> Counter[tuple[str, ...]]:
+    """How often each n-gram of words stands in a text."""
+    words = text.split()
+    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
 
 
 def of_rewards(rewards: Sequence[Sequence[float]], lengths: Sequence[Sequence[int]]) -> dict[str, float]:

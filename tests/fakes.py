@@ -150,6 +150,22 @@ async def serving(api: FakeAPI) -> AsyncIterator[FakeAPI]:
         await runner.cleanup()
 
 
+class AnyPath(FakeAPI):
+    """Answers below any path and remembers it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.paths: list[str] = []
+
+    def add_routes(self, router: web.UrlDispatcher) -> None:
+        router.add_get("/{path:.*}", self.models)
+        router.add_post("/{path:.*}", self.chat)
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        self.paths.append(request.path_qs)
+        return await super().chat(request)
+
+
 @contextmanager
 def served(api: FakeAPI) -> Iterator[FakeAPI]:
     """`serving` in a thread of its own, for callers that run their own event loop or process."""

@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from aiohttp import web
 
 from blackbox_kd.config import validate
 from blackbox_kd.corpus import query
 from blackbox_kd.teachers.openai import OpenAITeacherConfig
 from blackbox_kd.teachers.teacher import Questions
 from blackbox_kd.types import Prompt
-from tests.fakes import FakeAPI, served
+from tests.fakes import AnyPath, served
 from tests.pages import PAGES, blocks, install, marked
 
 SECTIONS = {
@@ -60,22 +59,6 @@ SHAPES = [
         {"api-key": "secret-1"}, {"max_tokens": 256},
     ),
 ]  # fmt: skip
-
-
-class AnyPath(FakeAPI):
-    """Answers below any path and remembers it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.paths: list[str] = []
-
-    def add_routes(self, router: web.UrlDispatcher) -> None:
-        router.add_get("/{path:.*}", self.models)
-        router.add_post("/{path:.*}", self.chat)
-
-    async def chat(self, request: web.Request) -> web.StreamResponse:
-        self.paths.append(request.path_qs)
-        return await super().chat(request)
 
 
 def test_every_provider_of_the_page_has_a_shape() -> None:

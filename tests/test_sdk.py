@@ -26,7 +26,7 @@ from blackbox_kd.teachers.engine import Engine
 from blackbox_kd.teachers.openai import OpenAITeacherConfig
 from blackbox_kd.types import Request
 from tests.conftest import RUN_ID
-from tests.fakes import FakeAPI, chat_reply, cut_short, error_reply, reset, served, unused_port
+from tests.fakes import AnyPath, FakeAPI, chat_reply, cut_short, error_reply, reset, served, unused_port
 from tests.records import prompt, request
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "Grüß Gott 🌍"}], "temperature": 1.0}
@@ -44,22 +44,6 @@ def send(url: str | None, body: dict[str, Any] = BODY, path: str = "chat/complet
             return await transport.send(body, path)
 
     return asyncio.run(once())
-
-
-class AnyAPI(FakeAPI):
-    """Answers below any path and remembers it."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.paths: list[str] = []
-
-    def add_routes(self, router: web.UrlDispatcher) -> None:
-        router.add_get("/{path:.*}", self.models)
-        router.add_post("/{path:.*}", self.chat)
-
-    async def chat(self, request: web.Request) -> web.StreamResponse:
-        self.paths.append(request.path_qs)
-        return await super().chat(request)
 
 
 # The same rows
@@ -188,7 +172,7 @@ def test_headers_of_an_answer_come_back(transport: str) -> None:
 
 @BOTH
 def test_another_path_below_the_same_address(transport: str) -> None:
-    with served(AnyAPI()) as api:
+    with served(AnyPath()) as api:
         send(api.url, path="completions", transport=transport)
     assert api.paths == ["/v1/completions"]
 
@@ -231,7 +215,7 @@ def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_azure_client_asks_its_deployment_with_its_own_header(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AZURE_KEY", "az-1")
-    with served(AnyAPI()) as api:
+    with served(AnyPath()) as api:
         options = {"azure_endpoint": api.url.removesuffix("/v1"), "api_version": "2026-01-01"}
         send(None, api_key_env="AZURE_KEY", client="AsyncAzureOpenAI", client_options=options)
     assert api.paths == ["/openai/deployments/m/chat/completions?api-version=2026-01-01"]
@@ -244,7 +228,7 @@ def test_a_token_of_the_environment_reaches_the_client_and_is_masked(monkeypatch
     def echo(body: dict[str, Any], request: web.Request) -> Any:
         return chat_reply(request.headers["authorization"])
 
-    with served(AnyAPI(handler=echo)) as api:
+    with served(AnyPath(handler=echo)) as api:
         options = {"azure_endpoint": api.url[:-3], "api_version": "1", "azure_ad_token": "$AZURE_AD_TOKEN"}
         reply = send(None, client="AsyncAzureOpenAI", client_options=options)
     assert json.loads(reply.data)["choices"][0]["message"]["content"] == "Bearer ***"
