@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +16,7 @@ from blackbox_kd.__main__ import main
 from blackbox_kd.corpus import query
 from blackbox_kd.errors import TrainingError
 from blackbox_kd.lane import Lane
+from tests import warm
 
 PIPELINED = ["--onpolicy.max_staleness", "1"]
 
@@ -100,15 +98,14 @@ def test_killed_in_each_phase_it_ends_with_the_same_adapter(trained: Path, flags
     killed = trained.parent / "killed"
     shutil.copytree(trained.parent / "run", killed)
     assert main(onpolicy(trained, "run", *flags)) == 0
-    command = [sys.executable, "-m", "blackbox_kd", *onpolicy(trained, "killed", *flags)]
     for phase, begun in PHASES.items():
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        process = warm.start(*onpolicy(trained, "killed", *flags))
         deadline = time.monotonic() + 120
-        while process.poll() is None and not begun(killed):
+        while process.is_alive() and not begun(killed):
             assert time.monotonic() < deadline, phase
             time.sleep(0.001 if phase == "save" else 0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     assert main(onpolicy(trained, "killed", *flags)) == 0
     assert same(adapters(trained, "run", 2), adapters(trained, "killed", 2))
     kept = "select count(*), count(distinct request_key) from completions"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 
 from blackbox_kd.__main__ import main
 from blackbox_kd.corpus import query
+from tests import warm
 
 
 def rows(project_file: Path, sql: str) -> list[tuple[Any, ...]]:
@@ -357,16 +357,17 @@ def test_the_corpus_can_be_read_while_a_stage_holds_nothing(project_file: Path) 
 
 def test_ctrl_c_ends_training_at_once_and_leaves_the_run_resumable(project_file: Path) -> None:
     assert main(["sample", "--config", str(project_file)]) == 0
-    command = [sys.executable, "-m", "blackbox_kd", "sft", "--config", str(project_file)]
-    command += ["--sft.trainer.num_train_epochs", "5000", "--sft.early_stopping_patience", "5000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    said, run = project_file.parent / "stderr", project_file.parent / "run"
+    endless = ["--sft.trainer.num_train_epochs", "5000", "--sft.early_stopping_patience", "5000"]
+    process = warm.start("sft", "--config", str(project_file), *endless, said=said)
     deadline = time.monotonic() + 120
-    while not list((project_file.parent / "run" / "trainer").glob("checkpoint-*")):
-        assert process.poll() is None
+    while not list((run / "trainer").glob("checkpoint-*")):
+        assert process.is_alive(), said.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "the same command goes on from here" in said
-    assert "Traceback" not in said
+    assert process.pid
+    os.kill(process.pid, signal.SIGINT)
+    process.join(timeout=30)
+    assert process.exitcode == 130
+    assert "the same command goes on from here" in said.read_text()
+    assert "Traceback" not in said.read_text()
