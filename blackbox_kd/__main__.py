@@ -48,7 +48,10 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"did you mean {close[0]!r}?" if close else f"commands are {', '.join(COMMANDS)}"
         print(f"error: no command {command!r}; {hint}", file=sys.stderr)
         return 2
-    module = import_module(f"blackbox_kd.{COMMANDS[command][0]}")
+    from blackbox_kd.progress import busy
+
+    with busy(f"loading {command}"):  # the trainings bring torch and transformers: ten seconds
+        module = import_module(f"blackbox_kd.{COMMANDS[command][0]}")
     return int(module.main(arguments[1:]))
 
 

@@ -10,19 +10,20 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from blackbox_kd import evaluate, onpolicy, probe, report, sample, sft, yardstick
+from blackbox_kd import evaluate, probe, report, sample, yardstick
 from blackbox_kd.command import stage_main
 from blackbox_kd.lane import Lane
-from blackbox_kd.progress import say
+from blackbox_kd.progress import busy, say
 from blackbox_kd.project import Project
 from blackbox_kd.prompts import SPLITS
-from blackbox_kd.student.student import Student
-from blackbox_kd.student.trainer import check_soft
 from blackbox_kd.tasks import Tasks, passed
 
 
 async def run(project: Project) -> dict[str, Any]:
     """The summary of `evaluate`."""
+    with busy("loading torch and transformers"):  # ten seconds, in which a mistake in the config is long said
+        from blackbox_kd import onpolicy, sft
+
     check(project)
     try:
         await probe.ensure(project)
@@ -48,6 +49,10 @@ def write_report(project: Project) -> None:
 
 def check(project: Project) -> None:
     """Everything that can be known to be wrong before anything is paid."""
+    from blackbox_kd import sft
+    from blackbox_kd.student.student import Student
+    from blackbox_kd.student.trainer import check_soft
+
     project.prompts.refuse_leaks()
     config = project.config
     evaluate.check(project)
