@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar, copy_context
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from blackbox_kd.__main__ import main
 from blackbox_kd.config import load_config
@@ -50,6 +54,30 @@ def test_an_unknown_name_and_a_missing_package_are_one_line(tmp_path: Path) -> N
         integrations("tensorbord")
     with pytest.raises(ConfigError, match=r"report_to: ClearMLCallback requires 'clearml'"):
         Report("clearml", tmp_path, "sft", None)
+
+
+class KeepsItsRun(TrainerCallback):
+    """As trackio does: its run is a context variable."""
+
+    run: ContextVar[list[str]] = ContextVar("run")
+    ended: ClassVar[list[list[str]]] = []
+
+    def on_train_begin(self, *told: Any, **more: Any) -> None:
+        self.run.set([])
+
+    def on_log(self, *told: Any, logs: dict[str, float], **more: Any) -> None:
+        self.run.get().extend(logs)
+
+    def on_train_end(self, *told: Any, **more: Any) -> None:
+        self.ended.append(self.run.get())
+
+
+def test_one_that_keeps_its_run_in_a_context_finds_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "keeps", KeepsItsRun)
+    report = copy_context().run(Report, "keeps", tmp_path, "onpolicy", None)  # each job of the lane has a context
+    copy_context().run(report.log, 1, {"loss": 1.0})
+    copy_context().run(report.close)
+    assert KeepsItsRun.ended == [["loss"]]
 
 
 def test_nobody_is_told_where_nobody_listens(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ variables and defaults; they are told what its Trainer would tell them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ class Report:
         """
         self._callbacks, self._model = integrations(report_to), model
         self._state, self._control = TrainerState(), TrainerControl()
+        self._context = copy_context()
+        """In which they are told: some keep their run in a context variable, and each job of the lane has its own."""
         if self._callbacks:
             log_below(self._callbacks, logs_of(run_dir, stage))
             self._args = TrainingArguments(output_dir=str(run_dir), run_name=name_of(run_dir, stage))
@@ -62,7 +65,8 @@ class Report:
 
     def _tell(self, event: str, **values: Any) -> None:
         for callback in self._callbacks:
-            getattr(callback, event)(self._args, self._state, self._control, model=self._model, **values)
+            tell = getattr(callback, event)
+            self._context.run(tell, self._args, self._state, self._control, model=self._model, **values)
 
 
 def name_of(run_dir: Path, stage: str) -> str:
