@@ -293,8 +293,8 @@ def run_one(run: Run) -> dict[str, Any] | str:
             checkpoint, saved_s = asyncio.run(learn(project, used, ARMS[run.arm].algorithm is not None, pool))
             wall_s = time.monotonic() - began + saved_s
             bill = used.bill(project)
-            row = {"arm": run.arm, "seed": run.seed, "spend": run.spend, "trial": run.trial, **run.sizes._asdict(),
-                   **bill, "teacher_tokens": bill["prompt_tokens"] + bill["completion_tokens"], "device": run.device,
+            teacher_tokens = bill["prompt_tokens"] + bill["completion_tokens"]
+            row = {**told(run), **run.sizes._asdict(), **bill, "teacher_tokens": teacher_tokens, "device": run.device,
                    "wall_s": round(wall_s, 1), "prompts": measured(project, checkpoint)}  # fmt: skip
             where = {"checkpoint": run.arm, "step": run.spend, "round": run.seed}
             metrics = equal_spend_table.metrics(row) | {"teacher_tokens": row["teacher_tokens"]}
@@ -319,20 +319,22 @@ def work(runs: Iterable[Run], flags: argparse.Namespace) -> None:
         for future in as_completed(asked):
             run, row = asked[future], future.result()
             if isinstance(row, str):
-                told, row = (
-                    row,
-                    {"arm": run.arm, "seed": run.seed, "spend": run.spend, "trial": run.trial, "failed": row},
-                )
+                said, row = row, told(run) | {"failed": row}
             else:
-                told = f"true_kl {equal_spend_table.metrics(row)['true_kl']:.4f}, {row['teacher_tokens']} tokens"
+                said = f"true_kl {equal_spend_table.metrics(row)['true_kl']:.4f}, {row['teacher_tokens']} tokens"
             with flags.rows.open("a") as file:
                 file.write(json.dumps(equal_spend_table.rounded(row)) + "\n")
-            say(f"[{time.strftime('%H:%M:%S')}] {run.name}: {told}")
+            say(f"[{time.strftime('%H:%M:%S')}] {run.name}: {said}")
+
+
+def told(run: Run) -> dict[str, Any]:
+    """What a row says of its run."""
+    return {name: getattr(run, name) for name in ("arm", "spend", "seed", "trial", "settings")}
 
 
 def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Which run it is; a trial other than the one that is taken now is another one."""
-    return row["arm"], row["spend"], row["seed"], row["trial"]
+    """Which run it is; with other settings, its own or those of the sft that it starts from, it is another one."""
+    return row["arm"], row["spend"], row["seed"], json.dumps(row["settings"], sort_keys=True)
 
 
 def tune(flags: argparse.Namespace) -> None:
@@ -364,18 +366,20 @@ def run_of(
     return Run(arm, spend, seed, n, shared | trial, flags.out, flags.device, flags.threads)
 
 
-def study(flags: argparse.Namespace) -> None:
-    """Seed 1 of all arms and spends, then seed 2, ..."""
+def study(flags: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seed 1 of all arms and spends, then seed 2, ...; the rows of these runs, as they are set now."""
     tuned = json.loads(TUNED.read_text())
     if missing := [arm for arm in flags.arms if arm not in tuned]:
         sys.exit(f"{', '.join(missing)}: no trial is chosen yet, run --tune first")
-    runs = (
+    runs = [
         run_of(arm, spend, seed, tuned[arm]["trial"], tuned[arm]["settings"], tuned, flags)
         for seed in flags.seeds
         for spend in flags.spend
         for arm in flags.arms
-    )
+    ]
     work(runs, flags)
+    asked = {key_of(run._asdict()) for run in runs}
+    return [row for row in equal_spend_table.read(flags.rows) if key_of(row) in asked]
 
 
 def main() -> None:
@@ -399,8 +403,7 @@ def main() -> None:
     if flags.tune:
         tune(flags)
         return
-    study(flags)
-    found = equal_spend_table.summary(row for row in equal_spend_table.read(flags.rows) if row["seed"] != TUNING_SEED)
+    found = equal_spend_table.summary(study(flags))
     if flags.plot:
         equal_spend_table.plot(found, flags.plot)
     print(json.dumps(found, indent=1) if flags.json else equal_spend_table.table(found))

@@ -8,7 +8,7 @@ from typing import Any
 
 import equal_spend_table as tables
 import pytest
-from equal_spend import ANSWER_TOKENS, ARMS, ROUNDS, SPENDS, TUNED, Arm, Run, sizes
+from equal_spend import ANSWER_TOKENS, ARMS, ROUNDS, SPENDS, TUNED, Arm, Run, key_of, sizes, told
 
 from blackbox_kd.config import load_config
 from blackbox_kd.settings import Config
@@ -16,7 +16,8 @@ from blackbox_kd.settings import Config
 
 def row(arm: str, seed: int, kl: list[float], spend: int = 8000) -> dict[str, Any]:
     held = dict.fromkeys(tables.KL, kl) | {"tokens": [2.0] * len(kl), "chrf": [50.0] * len(kl)}
-    return {"arm": arm, "seed": seed, "spend": spend, "trial": 0, "teacher_tokens": spend, "prompts": {"heldout": held}}
+    return {"arm": arm, "seed": seed, "spend": spend, "trial": 0, "settings": {}, "teacher_tokens": spend,
+            "prompts": {"heldout": held}}  # fmt: skip
 
 
 @pytest.mark.parametrize("spend", SPENDS)
@@ -71,7 +72,14 @@ def test_rows_are_read_back_as_they_were_written(tmp_path: Path) -> None:
     assert list(tables.read(path)) == []
     path.write_text(json.dumps(tables.rounded(row("sft", 1, [0.123456789]))) + "\n")
     (found,) = tables.read(path)
-    assert found["prompts"]["heldout"]["true_kl"] == [0.12346]
+    assert found["prompts"]["heldout"]["true_kl"] == [0.1234568]
+
+
+def test_a_run_on_another_sft_is_another_run(tmp_path: Path) -> None:
+    run = Run("relabel", 8000, 1, 0, {"share": 0.5, "sft.dev_fraction": 0}, tmp_path, "cpu", 1)
+    again = run._replace(settings={"sft.dev_fraction": 0, "share": 0.5})
+    assert key_of(json.loads(json.dumps(told(run)))) == key_of(told(again))
+    assert key_of(told(run)) != key_of(told(run._replace(settings={"share": 0.5})))
 
 
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:
