@@ -16,7 +16,6 @@ from pathlib import Path
 
 from blackbox_kd.command import OneLineParser, guarded
 from blackbox_kd.corpus import export, query
-from blackbox_kd.corpus.connection import TABLES
 from blackbox_kd.errors import ConfigError
 from blackbox_kd.progress import busy
 from blackbox_kd.sql import add_corpus_flag, corpus_of
@@ -33,7 +32,7 @@ DATASETS = {
 
 def run(corpus: Path, out: Path) -> dict[str, int]:
     """Write the files; rows by file name. A data set without rows is not written."""
-    _, tables = query(corpus, TABLES)
+    _, tables = query(corpus, "SELECT table_name FROM duckdb_tables() ORDER BY ALL")
     (out / "tables").mkdir(parents=True, exist_ok=True)
     written = {}
     for name, select in DATASETS.items():

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import duckdb
 
-from blackbox_kd.corpus.connection import READ_WAIT_S, TABLES, connect
+from blackbox_kd.corpus.connection import READ_WAIT_S, connect
 from blackbox_kd.corpus.journal import REFUSED, alone, damaged, read_segment
 from blackbox_kd.corpus.store import SCHEMA_VERSION
 from blackbox_kd.errors import CorpusError
@@ -176,7 +176,7 @@ def _segment(path: Path) -> Finding:
 
 
 def _version(con: duckdb.DuckDBPyConnection, path: Path) -> Finding:
-    tables = {name for (name,) in con.execute(TABLES).fetchall()}
+    tables = {name for (name,) in con.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
     if "meta" not in tables:
         raise CorpusError(f"{path} is a DuckDB file, but no corpus")
     version = int(con.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchall()[0][0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +16,6 @@ from typing import Any
 import duckdb
 import tenacity
 
-from blackbox_kd.corpus.attached import attach
 from blackbox_kd.errors import CorpusBusy, CorpusError
 from blackbox_kd.progress import say
 
@@ -29,8 +29,9 @@ SAY_HELD_S = 5.0
 SAY_AGAIN_S = 60.0
 """... and again."""
 
-TABLES = "SELECT table_name FROM duckdb_tables() WHERE database_name = current_database() ORDER BY ALL"
-"""Of the corpus that a connection is for; the process may have others open."""
+_one_at_a_time = threading.Lock()
+"""Connections of a process to one file share an instance. A thread that comes while another makes or drops it finds
+half of it: a file handle conflict, or no `python_arrow_scan`."""
 
 NEW_FILE_BYTES = 12288
 """A DuckDB file has three headers of 4 kB; a smaller one is being made, or is none."""
@@ -46,13 +47,14 @@ def connect(path: Path, *, read_only: bool, wait_s: float) -> Iterator[duckdb.Du
         CorpusBusy: another process holds the file for longer than `wait_s`.
         CorpusError: there is no such file, or DuckDB cannot read it.
     """
-    con, close = _open(path, read_only=read_only, wait_s=wait_s)
+    con = _open(path, read_only=read_only, wait_s=wait_s)
     try:
         yield con
     except duckdb.Error as error:
         raise CorpusError(f"{path}: {_one_line(error)}") from error
     finally:
-        close()
+        with _one_at_a_time:
+            con.close()
 
 
 def query(path: Path, sql: str, *, wait_s: float = READ_WAIT_S) -> tuple[list[str], list[tuple[Any, ...]]]:
@@ -140,7 +142,7 @@ def _discard(database: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def _open(path: Path, *, read_only: bool, wait_s: float) -> tuple[duckdb.DuckDBPyConnection, Callable[[], None]]:
+def _open(path: Path, *, read_only: bool, wait_s: float) -> duckdb.DuckDBPyConnection:
     if read_only and not path.exists():
         raise CorpusError(f"no corpus {str(path)!r}: run a stage first, or name one with --corpus")
     wanted = still_wanted.get()
@@ -152,12 +154,17 @@ def _open(path: Path, *, read_only: bool, wait_s: float) -> tuple[duckdb.DuckDBP
         reraise=True,
     )
     try:
-        return retrying(attach, path, read_only=read_only)
+        return retrying(_connect, path, read_only)
     except duckdb.Error as error:
         if not _is_locked(error):
             raise CorpusError(f"cannot open {path}: {_one_line(error)}") from error
         waited = f" for over {wait_s:.0f} s" if wait_s >= 1 and not wanted else ""
         raise CorpusBusy(f"{_held(path, error)}{waited}; close it there") from error
+
+
+def _connect(path: Path, read_only: bool) -> duckdb.DuckDBPyConnection:
+    with _one_at_a_time:
+        return duckdb.connect(str(path), read_only=read_only)
 
 
 def _held(path: Path, error: BaseException) -> str:

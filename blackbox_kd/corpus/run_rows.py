@@ -45,7 +45,7 @@ LATER_TABLES = {"curation"}
 DRAFTS = 6
 """The student's drafts that are shown, those of which it was least sure."""
 
-_TABLE = "SELECT 1 FROM duckdb_tables() WHERE database_name = current_database() AND table_name = ?"
+_TABLE = "SELECT 1 FROM duckdb_tables() WHERE table_name = ?"
 
 _BILLABLE = """SELECT a.*, coalesce(r.purpose, 'unknown') AS purpose, epoch(a.attempted_at) AS at_s
     FROM attempts a LEFT JOIN requests r USING (request_key)

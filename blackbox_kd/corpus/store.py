@@ -15,7 +15,7 @@ import msgspec
 
 from blackbox_kd.corpus import scored
 from blackbox_kd.corpus.answers import Known, answers, settled
-from blackbox_kd.corpus.connection import TABLES, connect
+from blackbox_kd.corpus.connection import connect
 from blackbox_kd.corpus.ingest import Row, completion_row, ingest, insert, insert_logprobs, timestamp
 from blackbox_kd.corpus.journal import Record, damaged, leftovers, put_aside
 from blackbox_kd.corpus.logprobs import Vocabs
@@ -314,7 +314,7 @@ class Billed(NamedTuple):
 
 def _migrate(con: duckdb.DuckDBPyConnection, path: Path) -> None:
     files = resources.files("blackbox_kd.corpus")
-    tables = {name for (name,) in con.execute(TABLES).fetchall()}
+    tables = {name for (name,) in con.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
     if tables and "meta" not in tables:
         raise CorpusError(f"{path} is a DuckDB file, but no corpus (its tables: {', '.join(sorted(tables)[:5])})")
     con.execute("BEGIN")  # a kill leaves all of it or nothing
