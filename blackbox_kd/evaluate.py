@@ -90,9 +90,10 @@ def check(project: Project) -> None:
 def logged(project: Project, name: str, set_id: str, found: Metrics) -> list[dict[str, Any]]:
     """Of one checkpoint, as in summary.json; they are metric rows then."""
     rows = [{"name": name, "split": split, "metrics": msgspec.to_builtins(metrics)} for split, metrics in found.items()]
-    for row in rows:
-        where = {"checkpoint": name, "round": round_number(name), "split": row["split"], "set_id": set_id}
-        project.log("evaluate", [{**where, "name": key, **value} for key, value in row["metrics"].items()])
+    where = {"checkpoint": name, "round": round_number(name), "set_id": set_id}
+    project.log("evaluate", [
+        {**where, "split": row["split"], "name": key, **value} for row in rows for key, value in row["metrics"].items()
+    ])  # fmt: skip
     return rows
 
 

@@ -85,6 +85,8 @@ def choice(student: Student, before: list[int], text: str) -> Rendered:
 def by_writing(writer: Writer, items: Sequence[Item]) -> dict[int, bool]:
     """Place among the items -> whether the student's answer, a row like all others, is right."""
     prompts = [item.prompt for item in items if isinstance(item.checker, Written)]
+    if not prompts:
+        return {}
     writer.corpus.add_prompts(prompts)
     texts = {prompt.prompt_id: answer.text.strip() for prompt, answer in writer.answers(prompts)}
     return {

@@ -48,7 +48,7 @@ def test_an_algorithm_from_outside_runs_the_whole_loop(project_file: Path, insta
 
 
 def test_an_option_that_it_does_not_have_is_refused(project_file: Path, installed: Path) -> None:
-    command = [sys.executable, "-m", "blackbox_kd", "onpolicy", "--config", str(project_file)]
+    command = [sys.executable, "-m", "blackbox_kd", "plan", "--config", str(project_file)]  # as every stage would
     command += ["--onpolicy.algorithm", "{name: longest, shar: 0.7}"]
     path = os.pathsep.join([str(installed), str(Path(__file__).parent.parent)])
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)

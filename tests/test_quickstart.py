@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import pytest
 
 from blackbox_kd.config import find_file
 from blackbox_kd.corpus import query
+from tests import warm
 
 SMALL = [
     "--prompts.limits", "{train: 10, heldout: 4, ood: 2, holdback: 2}",
@@ -34,18 +34,7 @@ def command(folder: Path) -> list[str]:
     task = folder.parent / "everyday.jsonl"  # a question in ten of the shipped one
     task.write_text("\n".join(find_file("data/tasks/everyday.jsonl", "task").read_text().splitlines()[::10]))
     few = ["--evaluate.tasks", f"{{everyday: {task}}}"]
-    return [
-        sys.executable,
-        "-m",
-        "blackbox_kd",
-        "run",
-        "--config",
-        "quickstart",
-        "--run_dir",
-        str(folder),
-        *SMALL,
-        *few,
-    ]
+    return ["run", "--config", "quickstart", "--run_dir", str(folder), *SMALL, *few]
 
 
 def rows(folder: Path, sql: str) -> list[tuple[Any, ...]]:
@@ -74,21 +63,22 @@ def servers() -> set[int]:
 def test_the_main_job_survives_a_kill_and_then_asks_nothing_twice(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     others = servers()
-    first = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = warm.start(*command(folder))
     deadline = time.monotonic() + 300
     while answers(folder) < 2:
-        assert first.poll() is None, "the run ended before it could be killed"
+        assert first.is_alive(), "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    first.kill()
+    first.join()
     deadline = time.monotonic() + 10
     while servers() - others:
         assert time.monotonic() < deadline, "the teacher outlived the run"
         time.sleep(0.1)
     kept = answers(folder)
 
-    second = subprocess.run(command(folder), capture_output=True, text=True, check=False)
+    again = [sys.executable, "-m", "blackbox_kd", *command(folder)]
+    second = subprocess.run(again, capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stderr
     assert "round-1" in second.stdout
     # 6 train answers, 6 fixed prompts x 2, 4 rewrites: each is there once, and at most 4 were in flight at the kill
@@ -108,10 +98,12 @@ def test_the_main_job_survives_a_kill_and_then_asks_nothing_twice(tmp_path: Path
     assert heldout["sft"]["teacher_nll"]["value"] < heldout["base"]["teacher_nll"]["value"]
     assert heldout["round-1"]["teacher_nll"]["value"] != heldout["sft"]["teacher_nll"]["value"]
 
-    third = subprocess.run(command(folder), capture_output=True, text=True, check=False)
-    assert third.returncode == 0, third.stderr
-    assert "the teacher was asked nothing" in third.stderr
-    assert "starting the local teacher" not in third.stderr
+    third = warm.start(*command(folder), said=tmp_path / "stderr")
+    third.join()
+    said = (tmp_path / "stderr").read_text()
+    assert third.exitcode == 0, said
+    assert "the teacher was asked nothing" in said
+    assert "starting the local teacher" not in said
     assert json.loads((folder / "summary.json").read_text()) == summary
 
 
