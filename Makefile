@@ -37,9 +37,9 @@ browser:
 	{ $$as_root apt-get update -qq && $$as_root apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
 	{ echo "cannot install it: put chromium, chromium-browser or google-chrome on the path"; exit 1; }
 
-# lint, then everything, with the real teacher and the real student; three files at a time, as some wait for a clock
+# lint, then everything, with the real teacher and the real student; two files at a time
 test: lint browser
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations=15
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 # without real models, servers and browsers
 test-fast: setup

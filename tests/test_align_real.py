@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from blackbox_kd.align import Aligner, SoftLabels, check_not_shifted, same_tokenizer
@@ -56,16 +56,18 @@ def aligner(teacher: TeacherVocab, student: StudentTokenizer) -> Aligner:
 def align(teacher: TeacherVocab, student: StudentTokenizer, text: str, *, stripped: bool = True) -> SoftLabels:
     """What becomes of a text that the teacher wrote, with random alternatives; checks what holds for every text."""
     ids = [*teacher.encode(text), teacher.end_id]
-    text = text.strip() if stripped else text
+    text, whole = text.strip() if stripped else text, text
     own = student.encode(text)
     found = aligner(teacher, student).align(text, scored(ids, vocab_size=len(teacher.vocab)), own)
+    # with one tokenizer a drawn token is its own image, also the last one where it ends in what was stripped
+    kept = aligner(teacher, student).same and whole.rstrip() != whole
     filled = found.logprobs > -np.inf
     assert found.ids.shape == found.logprobs.shape == (len(own), 6)
     assert found.ids[~filled].sum() == 0
-    for row, mask, value, real in zip(found.ids, filled, found.logprobs, own, strict=True):
+    for place, (row, mask, value, real) in enumerate(zip(found.ids, filled, found.logprobs, own, strict=True)):
         assert len(set(row[mask])) == mask.sum()
         assert np.exp(value.astype(float)).sum() < 1.001
-        if mask.any():
+        if mask.any() and not (kept and place >= len(own) - 2):
             assert real in row[mask]  # the teacher's own token was drawn, and this is what it became
     assert found.coverage == pytest.approx(filled.any(1).mean())
     assert found.mapped + found.ambiguous + found.unmapped == pytest.approx(found.captured)
@@ -88,6 +90,7 @@ def test_texts_in_many_scripts(teacher: str, student: Callable[[], StudentTokeni
 def test_any_text(teacher: str, student: Callable[[], StudentTokenizer]) -> None:
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(text=st.one_of(st.text(max_size=30), st.binary(max_size=20).map(lambda raw: raw.decode("utf-8", "replace"))))
+    @example(text=":\n")
     def check(text: str) -> None:
         if text.strip() and spelt(TEACHERS[teacher](), text) and spelt_by_student(student(), text.strip()):
             align(TEACHERS[teacher](), student(), text)
