@@ -7,9 +7,9 @@ student to it is known, over the whole vocabulary, on the held-out temperature-1
   checkpoints    every arm and seed at several steps: true forward and reverse KL, and `tail_kl` with the top-k cut from
                  that same distribution
   bound_holds    tail_kl <= true_kl at each of them
-  same_ranking   both order alike every pair of checkpoints that the held-out answers can tell apart: of the same run,
-                 or of two, where the paired interval of the difference in true KL excludes zero. `swapped` are the
-                 pairs that they order otherwise, told apart or not, with that difference and its interval.
+  same_ranking   both order all checkpoints alike, those of different runs too. `swapped` are the pairs that they do
+                 not, with the difference in true KL and its paired interval over prompts: where it excludes zero, the
+                 held-out answers tell the two apart, and `same_ranking_where_told_apart` is false
   server         how far the numbers of the llama.cpp server (quantised activations) are from those in-process
   minus_hard     sft with soft labels (alone, or mixed with hard ones) beside sft without: the same answers, steps,
                  batches and initial adapter; each seed has other train prompts. The difference in nats per token with
@@ -248,7 +248,8 @@ def summary(runs: dict[tuple[str, int], dict[str, Any]], seeds: Sequence[int]) -
     return {
         "checkpoints": checkpoints,
         "bound_holds": all(c["tail_kl"] <= c["true_kl"] + 1e-6 for c in checkpoints),
-        "same_ranking": not any(pair["told_apart"] for pair in swapped),
+        "same_ranking": not swapped,
+        "same_ranking_where_told_apart": not any(pair["told_apart"] for pair in swapped),
         "pairs": len(checkpoints) * (len(checkpoints) - 1) // 2,
         "swapped": swapped,
         "server": {key: float(np.mean([r["server"][key] for r in runs.values()])) for key in

@@ -90,9 +90,18 @@ def assert_alike(one: Path, two: Path) -> None:
     assert query(one / "corpus.duckdb", asked) == query(two / "corpus.duckdb", asked)  # rank 1 asked nobody
 
 
+SILENT = ["--teacher.reply", "' '"]
+
+
 def test_the_others_end_with_the_first(trained: Path) -> None:
-    silent = ["--teacher.reply", "' '"]
-    codes, said = as_the_launcher_would(trained, trained.parent / "run", *silent)
+    done = launch(trained, trained.parent / "run", *SILENT)
+    assert done.returncode != 0
+    assert "3 of 3 replies could not be used" in done.stderr
+    assert done.stderr.count("Traceback (most recent call last)") <= 1  # the launcher's own
+
+
+def test_they_end_where_no_launcher_ends_them(trained: Path) -> None:
+    codes, said = as_the_launcher_would(trained, trained.parent / "run", *SILENT)
     assert codes == [3, 0]
     assert "3 of 3 replies could not be used" in said
     assert "Traceback" not in said

@@ -15,7 +15,7 @@ context.set_forkserver_preload(["blackbox_kd.trainee", "blackbox_kd.student.trai
 
 
 def start(*arguments: str, said: Path | None = None, environment: Mapping[str, str] = {}) -> BaseProcess:
-    """`blackbox-kd ARGUMENTS` in a process of its own, what it says on stderr in a file."""
+    """`blackbox-kd ARGUMENTS` in a process of its own: stderr into a file, stdout nowhere."""
     process = context.Process(target=_run, args=(arguments, said or Path(os.devnull), dict(environment)))
     process.start()
     return process
@@ -26,6 +26,7 @@ def _run(arguments: tuple[str, ...], said: Path, environment: dict[str, str]) ->
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
-    with said.open("a") as file:
+    with said.open("a") as file, open(os.devnull, "w") as nowhere:
         os.dup2(file.fileno(), 2)
+        os.dup2(nowhere.fileno(), 1)
         sys.exit(main(list(arguments)))
