@@ -26,7 +26,7 @@ def _run(arguments: tuple[str, ...], said: Path, environment: dict[str, str]) ->
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
-    with said.open("a") as file, open(os.devnull, "w") as nowhere:
+    with said.open("a") as file, Path(os.devnull).open("w") as nowhere:
         os.dup2(file.fileno(), 2)
         os.dup2(nowhere.fileno(), 1)
         sys.exit(main(list(arguments)))
