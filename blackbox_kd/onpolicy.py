@@ -112,13 +112,14 @@ async def ask(
         await asyncio.wait([before])
         before.result()
     outcome = await algorithm.feedback(rollouts, round_)
-    project.corpus.add_feedback(outcome.feedback, round_=round_, run_id=project.run_id)
-    outcome.check(project.config.onpolicy.max_failed_feedback)
     name = checkpoints(project)[round_]
-    project.begin(name)
-    # Before the update: a round that a gate stops is to be looked at, too, and the next round may be asked by then.
-    project.log("onpolicy", metric_rows(name, round_, outcome.metrics, []))
-    check_judges(project, round_)
+    with project.corpus.connect():
+        project.corpus.add_feedback(outcome.feedback, round_=round_, run_id=project.run_id)
+        outcome.check(project.config.onpolicy.max_failed_feedback)
+        project.begin(name)
+        # Before the update: a round that a gate stops is to be looked at, too, and the next may be asked by then.
+        project.log("onpolicy", metric_rows(name, round_, outcome.metrics, []))
+        check_judges(project, round_)
     return rollouts, outcome
 
 

@@ -18,7 +18,7 @@ from blackbox_kd.errors import TeacherRefused
 from blackbox_kd.progress import say
 from blackbox_kd.project import Project
 from blackbox_kd.sql import show
-from blackbox_kd.teachers.probe import capabilities, probe
+from blackbox_kd.teachers.probe import probe
 
 
 async def run(project: Project) -> dict[str, Any]:
@@ -26,14 +26,14 @@ async def run(project: Project) -> dict[str, Any]:
     config = project.config.teacher
     say(f"probing {config.model}: about a dozen short calls")
     found = await probe(config, project.teacher.engine.call)
-    project.corpus.set_capabilities(config.model, config.address, found, run_id=project.run_id)
+    project.teacher.set_capabilities(found)
     details = {name: detail for name, (_, detail) in found.items()}
     for name in config.capabilities:
         details[name] = f"set in teacher.capabilities; found {found[name][0]} ({details[name]})"
     return {
         "model": config.model,
         "base_url": config.address,
-        "capabilities": msgspec.structs.asdict(capabilities(project.corpus, config)),
+        "capabilities": msgspec.structs.asdict(project.teacher.capabilities),
         "details": details,
     }
 
@@ -45,8 +45,7 @@ async def ensure(project: Project) -> None:
         TeacherRefused: the endpoint cannot do what the algorithm needs.
     """
     teacher = project.teacher
-    seen = project.corpus.capabilities(teacher.config.model, teacher.config.address)
-    if not seen and project.config.onpolicy.algorithm.lacking(teacher.capabilities):
+    if project.config.onpolicy.algorithm.lacking(teacher.capabilities) and not teacher.probed:
         await run(project)
     if why := project.settle():
         say(f"onpolicy.algorithm auto: {why}")

@@ -109,8 +109,10 @@ class Project:
             resolved = config.model_dump(mode="json") | {"corpus": str(config.corpus_path)}
             self.run_dir.save_config(resolved)
             context_hash = self.teacher.context.context_hash
-            self.corpus.add_run(self.run_id, config.run_dir, resolved, config.teacher.model, context_hash)
-            self.corpus.add_prompts([p for split in SPLITS if split != "train" for p in self.prompts[split]])
+            held_apart = [p for split in SPLITS if split != "train" for p in self.prompts[split]]
+            with self.corpus.connect():
+                self.corpus.add_run(self.run_id, config.run_dir, resolved, config.teacher.model, context_hash)
+                self.corpus.add_prompts(held_apart)
             self._stack = stack.pop_all()
         return self
 
@@ -176,10 +178,11 @@ class Project:
         """
         by_id = {prompt.prompt_id: prompt for prompt in self.sampled_prompts}
         keys = [request.request_key for request in self.sample_requests()]
-        dropped = curation.dropped(self.corpus, self.run_id)
+        with self.corpus.connect():
+            dropped, answers = curation.dropped(self.corpus, self.run_id), self.corpus.whole_answers(keys)
         return [
             (by_id[prompt_id], completion_id, text.strip())
-            for prompt_id, completion_id, text in self.corpus.whole_answers(keys)
+            for prompt_id, completion_id, text in answers
             if completion_id not in dropped
         ]
 

@@ -66,7 +66,6 @@ class Writer:
         known = self.corpus.answers([request.request_key for request in requests])
         todo = [(p, r) for (p, _), r in zip(drawn, requests, strict=True) if r.request_key not in known]
         if todo:
-            self.corpus.add_requests([request for _, request in todo])
             asked = [(request, prompt_ids[prompt.prompt_id]) for prompt, request in todo]
             known |= self._served(self.server, asked) if self.server and scored else self._written(asked, scored)
         return [(p, known[r.request_key][0]) for (p, _), r in zip(drawn, requests, strict=True)]
@@ -142,7 +141,9 @@ class Writer:
         student = self.student
         written = self._write(todo, scored)
         by = scorer(student.config.model, student.policy)
-        self.corpus.add_completions(written, scorer=by, run_id=self.run_id)
+        with self.corpus.connect():
+            self.corpus.add_requests([request for request, _ in todo])
+            self.corpus.add_completions(written, scorer=by, run_id=self.run_id)
         return {completion.request_key: [completion] for completion in written}
 
     def _write(self, todo: Sequence[tuple[Request, list[int]]], scored: bool) -> list[Completion]:

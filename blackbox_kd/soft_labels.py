@@ -90,7 +90,8 @@ def label(corpus: Corpus, renderer: Renderer, model: str, by: str, answers: Sequ
     `by` is the scorer that gave the logprobs, `model` whose tokens they are. What cannot be aligned is counted, and
     said: some answers, or all of them where the student's tokenizer changes texts (see `student_vocab`).
     """
-    scored = corpus.scored_tokens([completion_id for completion_id, _ in answers], by)
+    with corpus.connect():
+        scored, vocab = corpus.scored_tokens([completion_id for completion_id, _ in answers], by), corpus.vocab(model)
     none = Labelled([None] * len(answers), same=False)
     if not any(tokens.top_ids.size for tokens in scored.values()):
         return none
@@ -100,7 +101,7 @@ def label(corpus: Corpus, renderer: Renderer, model: str, by: str, answers: Sequ
         say(f"no soft labels: {error}")
         return none
     triples = {i: (text, scored[i], renderer.completion(text)) for i, text in answers if i in scored}
-    aligner = learnt(corpus.vocab(model), student, list(triples.values()))
+    aligner = learnt(vocab, student, list(triples.values()))
     return aligned(aligner, [triples.get(completion_id) for completion_id, _ in answers])
 
 
@@ -108,12 +109,11 @@ def aligner_of(
     corpus: Corpus, student: StudentVocab, renderer: Renderer, model: str, by: str, more: Sequence[Scored]
 ) -> Aligner:
     """An aligner for the scorer `by` of a model that has learnt from `more` and from stored whole answers."""
-    stored = corpus.whole_scored(by, LEARN_FROM)
-    tokens = corpus.scored_tokens([completion_id for completion_id, _ in stored], by)
+    with corpus.connect():
+        stored, vocab = corpus.whole_scored(by, LEARN_FROM), corpus.vocab(model)
+        tokens = corpus.scored_tokens([completion_id for completion_id, _ in stored], by)
     texts = [(text.strip(), tokens[completion_id]) for completion_id, text in stored]
-    return learnt(
-        corpus.vocab(model), student, [*more, *((text, each, renderer.completion(text)) for text, each in texts)]
-    )
+    return learnt(vocab, student, [*more, *((text, each, renderer.completion(text)) for text, each in texts)])
 
 
 def learnt(vocab: Mapping[int, VocabToken], student: StudentVocab, answers: Sequence[Scored]) -> Aligner:

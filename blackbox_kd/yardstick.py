@@ -81,7 +81,7 @@ async def capture(project: Project) -> FixedSet:
     if not prompts:
         say("there are no heldout or ood prompts: checkpoints cannot be compared on the teacher's answers")
     asked = list(fixed_questions(project.config.evaluate, project.teacher, prompts))
-    await project.teacher.answers([request for pair in asked for request in pair], description="capture the fixed set")
+    await project.teacher.ask([request for pair in asked for request in pair], description="capture the fixed set")
     fixed = captured(project)
     if len(fixed.answers) < len(prompts):
         left = len(prompts) - len(fixed.answers)

@@ -79,6 +79,38 @@ def everything(corpus: Corpus) -> dict[str, list[tuple[Any, ...]]]:
 # --- what is ingested
 
 
+def test_what_is_asked_inside_a_block_shares_its_connection(corpus: Corpus) -> None:
+    with corpus.connect() as outer:
+        with corpus.connect() as inner:
+            assert inner is outer
+        corpus.add_requests([request()])
+        assert stored(corpus, "requests") == 1  # the block is still open
+        held = subprocess.run([sys.executable, "-c", OPEN, corpus.path], capture_output=True, text=True)
+        assert "Could not set lock" in held.stderr
+        found: list[object] = []
+        thread = threading.Thread(target=lambda: found.append(_connection(corpus)))
+        thread.start()
+        thread.join()
+        assert found != [outer]
+    assert subprocess.run([sys.executable, "-c", OPEN, corpus.path], capture_output=True).returncode == 0
+    assert stored(corpus, "requests") == 1
+
+
+def test_a_block_that_fails_leaves_nothing_open(corpus: Corpus) -> None:
+    with pytest.raises(CorpusError, match="no_such_table"), corpus.connect():
+        corpus.rows("SELECT * FROM no_such_table")
+    assert subprocess.run([sys.executable, "-c", OPEN, corpus.path], capture_output=True).returncode == 0
+    assert stored(corpus, "requests") == 0
+
+
+OPEN = "import duckdb, sys; duckdb.connect(sys.argv[1]).close()"
+
+
+def _connection(corpus: Corpus) -> object:
+    with corpus.connect() as con:
+        return con
+
+
 def test_ingesting_twice_changes_nothing(corpus: Corpus) -> None:
     corpus.add_requests([request()])
     failed = Answered(attempt=attempt(status=400, billed=False, error="no"), dead_letter=True)

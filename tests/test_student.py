@@ -6,15 +6,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from blackbox_kd.config import LoraSection, StudentConfig
-from blackbox_kd.errors import ModelError
+from blackbox_kd.errors import AlignmentError, ModelError
 from blackbox_kd.student.load import base_id, pick_dtype
 from blackbox_kd.student.render import IGNORE
 from blackbox_kd.student.student import Student, first_kept, logits_from
 from blackbox_kd.types import SamplingParams
+from tests.soft import TEXTS, rendered, targets, teacher_of
 from tests.tiny import TEMPLATE, make_tiny
 
 SAMPLING = SamplingParams(max_completion_length=8)
@@ -50,6 +52,26 @@ def test_padding_does_not_change_logprobs(student: Student) -> None:
     together = student.logprobs([short, long], batch_size=2)
     for one, other in zip(alone, together, strict=True):
         assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_rows_of_a_batch_are_scored_as_each_alone(student: Student) -> None:
+    rows = [rendered(student, text) for text in TEXTS[:4]]
+    soft = [teacher_of(rows[0], k=5), None, teacher_of(rows[2], k=2, without={1}), teacher_of(rows[3])]
+    alone = [student.score([row], [label], batch_size=1, k=4)[0] for row, label in zip(rows, soft, strict=True)]
+    together = student.score(rows, soft, batch_size=4, k=4)
+    for row, label, one, other in zip(rows, soft, alone, together, strict=True):
+        assert other.logprobs == pytest.approx(one.logprobs, abs=1e-5)
+        assert other.tail_kl == pytest.approx(one.tail_kl, abs=1e-5, nan_ok=True)
+        unlabelled = [True] * len(targets(row)) if label is None else (label.logprobs == -np.inf).all(1).tolist()
+        assert np.isnan(other.tail_kl).tolist() == unlabelled
+        assert other.top.ids.tolist() == one.top.ids.tolist() and other.top.ids.shape == (len(targets(row)), 4)
+        assert other.top.logprobs == pytest.approx(one.top.logprobs, abs=1e-5)
+
+
+def test_soft_labels_of_another_length_are_refused(student: Student) -> None:
+    one, other = rendered(student, "one"), rendered(student, "one two three")
+    with pytest.raises(AlignmentError, match="soft labels for 2 supervised tokens"):
+        student.score([one], [teacher_of(other)], batch_size=1)
 
 
 def test_the_head_runs_on_the_kept_columns_only_and_gives_the_same_logits(student: Student) -> None:

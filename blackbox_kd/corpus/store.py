@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,6 +53,7 @@ class Corpus:
         """Why the last `try_ingest` could not."""
         self.refused = 0
         """Records that DuckDB would not take; they are put aside."""
+        self._inside = threading.local()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -62,9 +64,20 @@ class Corpus:
 
     @contextmanager
     def connect(self, *, wait_s: float | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A read-write connection, closed at the end of the block; what DuckDB says inside it is a CorpusError."""
-        with connect(self.path, read_only=False, wait_s=self.lock_wait_s if wait_s is None else wait_s) as con:
+        """A read-write connection, closed at the end of the block; what DuckDB says inside it is a CorpusError.
+
+        What the same thread asks of the corpus inside the block shares it: to open a file takes longer than most
+        questions. It keeps everybody else out, so nothing slow belongs into the block.
+        """
+        if con := getattr(self._inside, "con", None):
             yield con
+            return
+        with connect(self.path, read_only=False, wait_s=self.lock_wait_s if wait_s is None else wait_s) as con:
+            self._inside.con = con
+            try:
+                yield con
+            finally:
+                self._inside.con = None
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """The result of a query."""

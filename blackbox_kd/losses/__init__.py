@@ -14,11 +14,11 @@ the model.
 
 from blackbox_kd.losses.base import LossOut
 from blackbox_kd.losses.distil import TAILS, Tail, cross_entropy, divergence, mix, topk_kl
-from blackbox_kd.losses.logprobs import token_logprobs
+from blackbox_kd.losses.logprobs import kept_logprobs, kept_topk, token_logprobs
 from blackbox_kd.losses.policy import group_advantages, policy_gradient
 from blackbox_kd.losses.preference import bradley_terry, pair
 
 __all__ = [
-    "TAILS", "LossOut", "Tail", "bradley_terry", "cross_entropy", "divergence", "group_advantages", "mix",
-    "pair", "policy_gradient", "token_logprobs", "topk_kl",
+    "TAILS", "LossOut", "Tail", "bradley_terry", "cross_entropy", "divergence", "group_advantages", "kept_logprobs",
+    "kept_topk", "mix", "pair", "policy_gradient", "token_logprobs", "topk_kl",
 ]  # fmt: skip

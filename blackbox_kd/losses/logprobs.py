@@ -57,6 +57,16 @@ def kept_logprobs(
     return _TokenLogprobs.apply(logits_BTV, ids_SK, temperature, *rows)  # type: ignore[no-any-return,no-untyped-call]
 
 
+@torch.no_grad()
+def kept_topk(logits_BTV: torch.Tensor, kept_BT: torch.Tensor, k: int) -> torch.Tensor:
+    """(S, K) ids of the likeliest tokens where `kept_BT` is true, the likeliest first; K is at most V."""
+    rows: Rows = kept_BT.nonzero(as_tuple=True)
+    ids_SK = rows[0].new_empty(len(rows[0]), min(k, logits_BTV.shape[-1]))
+    for part, chosen in _chunks(logits_BTV, len(ids_SK), rows) if k else ():
+        ids_SK[part] = logits_BTV[chosen].topk(ids_SK.shape[1]).indices
+    return ids_SK
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """d log q_k / d z_v = (1[k = v] - q_v) / temperature. Without `rows`, all of (S, V) logits."""
 

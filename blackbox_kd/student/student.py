@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from blackbox_kd.align import SoftLabels
 from blackbox_kd.config import LoraSection, StudentConfig
 from blackbox_kd.errors import AlignmentError, ModelError
-from blackbox_kd.losses import divergence, token_logprobs
+from blackbox_kd.losses import divergence, kept_logprobs, kept_topk
 from blackbox_kd.progress import busy, counting
 from blackbox_kd.run_dir import policy_of
 from blackbox_kd.student.load import base_id, end_ids, load_base
@@ -164,7 +166,7 @@ class Student:
                 first = first_kept(targets_BT != IGNORE)
                 logits_BTV = logits_from(self.model, input_ids, mask, first)
                 targets_BT = targets_BT[:, first:].to(self.device)
-                found += [_scores(*each, k) for each in zip(logits_BTV, targets_BT, labels, strict=True)]
+                found += _scores(logits_BTV, targets_BT, labels, k)
                 progress.advance(len(batch))
         return found
 
@@ -209,25 +211,39 @@ def _linear_names(base: Any) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in linear})
 
 
-def _scores(logits_TV: torch.Tensor, targets_T: torch.Tensor, soft: SoftLabels | None, k: int) -> TokenScores:
-    kept_T = targets_T != IGNORE
-    logits_SV, targets_S1 = logits_TV[kept_T], targets_T[kept_T].unsqueeze(1)
-    logprobs_S = token_logprobs(logits_SV, targets_S1).squeeze(1)
-    tail_kl_S = torch.full_like(logprobs_S, float("nan"))
-    if soft is not None:
-        if len(soft.ids) != len(tail_kl_S):
-            raise AlignmentError(f"{len(soft.ids)} soft labels for {len(tail_kl_S)} supervised tokens")
-        teacher_SK = torch.from_numpy(soft.logprobs).to(logits_SV.device)
-        labelled_S = teacher_SK.isfinite().any(1)
-        ids_LK = torch.from_numpy(soft.ids).to(logits_SV.device, torch.long)[labelled_S]
-        student_LK = token_logprobs(logits_SV[labelled_S], ids_LK)
-        tail_kl_S[labelled_S] = divergence(teacher_SK[labelled_S], student_LK, beta=0.0, tail="bucket")
-    return TokenScores(logprobs_S.cpu().numpy(), tail_kl_S.cpu().numpy(), _top(logits_SV, k))
+def _scores(
+    logits_BTV: torch.Tensor, targets_BT: torch.Tensor, soft: Sequence[SoftLabels | None], k: int
+) -> list[TokenScores]:
+    """Of each row of a batch; the softmax of a token is made once for all that is asked of it."""
+    kept_BT = targets_BT != IGNORE
+    sizes = kept_BT.sum(1).tolist()
+    top_SK = kept_topk(logits_BTV, kept_BT, k)
+    labels_SL, teacher_SL = (each.to(logits_BTV.device) for each in _stacked(soft, sizes))
+    ids = [targets_BT[kept_BT].unsqueeze(1), top_SK, labels_SL]
+    logprobs = kept_logprobs(logits_BTV, torch.cat(ids, 1), kept_BT)
+    drawn_S1, student_SK, student_SL = torch.split(logprobs, [each.shape[1] for each in ids], 1)
+    labelled_S = teacher_SL.isfinite().any(1)
+    tail_kl_S = torch.full_like(drawn_S1.squeeze(1), float("nan"))
+    tail_kl_S[labelled_S] = divergence(teacher_SL[labelled_S], student_SL[labelled_S], beta=0.0, tail="bucket")
+    found = (drawn_S1.squeeze(1), tail_kl_S, top_SK, student_SK)
+    rows = zip(*(torch.split(each.cpu(), sizes) for each in found), strict=True)
+    return [TokenScores(p.numpy(), kl.numpy(), TopK(ids.numpy(), q.numpy())) for p, kl, ids, q in rows]
 
 
-def _top(logits_SV: torch.Tensor, k: int) -> TopK:
-    ids_SK = logits_SV.topk(min(k, logits_SV.shape[1])).indices
-    return TopK(ids_SK.cpu().numpy(), token_logprobs(logits_SV, ids_SK).cpu().numpy())
+def _stacked(soft: Sequence[SoftLabels | None], sizes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(S, L) ids and logprobs of all rows, L the widest; -inf in a slot without a label."""
+    width = max((each.ids.shape[1] for each in soft if each is not None), default=0)
+    ids_SL = torch.zeros(sum(sizes), width, dtype=torch.long)
+    logprobs_SL = torch.full(ids_SL.shape, -math.inf)
+    for each, size, end in zip(soft, sizes, itertools.accumulate(sizes), strict=True):
+        if each is None:
+            continue
+        if len(each.ids) != size:
+            raise AlignmentError(f"{len(each.ids)} soft labels for {size} supervised tokens")
+        rows, columns = slice(end - size, end), slice(each.ids.shape[1])
+        ids_SL[rows, columns] = torch.from_numpy(each.ids).long()
+        logprobs_SL[rows, columns] = torch.from_numpy(each.logprobs)
+    return ids_SL, logprobs_SL
 
 
 def first_kept(kept_BT: torch.Tensor) -> int:

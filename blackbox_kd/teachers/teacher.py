@@ -93,11 +93,23 @@ class Teacher(Questions):
         self.corpus, self.run_id = corpus, run_id
         self.engine = Engine(config, corpus, run_id, author, caps=caps, run_dir=run_dir, beside=beside)
         self._scorer: Scorer | None = None
+        self._capabilities: Capabilities | None = None
 
     @property
     def capabilities(self) -> Capabilities:
         """What the endpoint can do, as far as `probe` or the config says."""
-        return capabilities(self.corpus, self.config)
+        self._capabilities = self._capabilities or capabilities(self.corpus, self.config)
+        return self._capabilities
+
+    @property
+    def probed(self) -> bool:
+        """Whether somebody has looked."""
+        return bool(self.corpus.capabilities(self.config.model, self.config.address))
+
+    def set_capabilities(self, found: Mapping[str, tuple[Any, str]]) -> None:
+        """What a probe found, for this process and all later ones."""
+        self.corpus.set_capabilities(self.config.model, self.config.address, found, run_id=self.run_id)
+        self._capabilities = None
 
     async def __aenter__(self) -> Teacher:
         return self
@@ -125,6 +137,13 @@ class Teacher(Questions):
 
         return Batches(self.config, config, self.corpus, self.run_id, self.engine).complete
 
+    async def ask(
+        self, requests: Sequence[Request], *, round_: int = 0, description: str = "asking the teacher"
+    ) -> None:
+        """Until the corpus has what there is to be had."""
+        async for _ in self.complete(requests, round_=round_, known=False, description=description):
+            pass
+
     async def answers(
         self, requests: Sequence[Request], *, round_: int = 0, description: str = "asking the teacher"
     ) -> dict[str, Completion]:
@@ -132,8 +151,7 @@ class Teacher(Questions):
 
         Read back from the corpus: where another run asked the same at the same time, the first answer there counts.
         """
-        async for _ in self.complete(requests, round_=round_, known=False, description=description):
-            pass
+        await self.ask(requests, round_=round_, description=description)
         found = self.corpus.answers([request.request_key for request in requests])
         return {key: choices[0] for key, choices in found.items()}
 
