@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,25 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def project_file(tmp_path: Path, tiny_model: Path) -> Path:
     """A whole project on a tiny student and a scripted teacher; seconds for everything."""
     return write_project(tmp_path, tiny_model)
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The run directory of `project_file`'s project behind `sample` and `sft`. Copy it."""
+    from blackbox_kd.__main__ import main
+
+    folder = tmp_path_factory.mktemp("trained")
+    config = write_project(folder, tiny_model)
+    for stage in ("sample", "sft"):
+        assert main([stage, "--config", str(config)]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def trained(project_file: Path, trained_run: Path) -> Path:
+    """`project_file`, its sequence-level stage done."""
+    shutil.copytree(trained_run, project_file.parent / "run")
+    return project_file
 
 
 @pytest.fixture(scope="session")

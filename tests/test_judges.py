@@ -120,10 +120,7 @@ def test_a_key_that_a_judge_lacks_is_named_as_its_own(project_file: Path) -> Non
         pass
 
 
-def test_another_judge_is_another_experiment(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = ["--config", str(project_file)]
-    for stage in ("sample", "sft"):
-        assert main([stage, *config]) == 0
+def test_another_judge_is_another_experiment(project_file: Path) -> None:
     with Project(loaded(project_file, *REWARD, *SAME)) as project:
         assert "judge" not in project.settings_of("sft")
         first = project.settings_of("round-1")["judge"]
@@ -185,13 +182,6 @@ class Judge:
             self.graded += 1
         level = self.levels[min(len(self.levels), (self.graded + self.groups - 1) // self.groups) - 1]
         return chat_reply(says(text, lambda answer: [i < level - len(answer) % 2 for i in range(4)]))
-
-
-@pytest.fixture
-def trained(project_file: Path) -> Path:
-    for stage in ("sample", "sft"):
-        assert main([stage, "--config", str(project_file)]) == 0
-    return project_file
 
 
 @pytest.fixture

@@ -21,14 +21,6 @@ from tests import warm
 PIPELINED = ["--onpolicy.max_staleness", "1"]
 
 
-@pytest.fixture
-def trained(project_file: Path) -> Path:
-    """A project whose sequence-level stage is done."""
-    for stage in ("sample", "sft"):
-        assert main([stage, "--config", str(project_file)]) == 0
-    return project_file
-
-
 def rows(project: Path, sql: str, run: str = "run") -> list[tuple[object, ...]]:
     return query(project.parent / run / "corpus.duckdb", sql)[1]
 

@@ -64,11 +64,10 @@ def test_an_empty_answer_is_a_failure(corpus: Corpus, renderer: Renderer) -> Non
 
 
 @pytest.mark.parametrize("rejected", ["snapshot", "fresh"])
-def test_the_stage_runs_on_answers_that_are_paid_for(project_file: Path, rejected: str) -> None:
+def test_the_stage_runs_on_answers_that_are_paid_for(trained: Path, rejected: str) -> None:
     flags = ["--onpolicy.algorithm", f"{{name: preference, rejected: {rejected}}}"]
-    for stage in ("sample", "sft", "onpolicy"):
-        assert main([stage, "--config", str(project_file), *flags]) == 0
-    corpus = project_file.parent / "run" / "corpus.duckdb"
+    assert main(["onpolicy", "--config", str(trained), *flags]) == 0
+    corpus = trained.parent / "run" / "corpus.duckdb"
     asked = query(corpus, "select purpose, count(*) from requests where purpose <> 'rollout' group by all")[1]
     assert asked == [("sample", 6)]
     policies = query(corpus, "select distinct policy like 'base:%' from completions where author = 'student'")[1]
@@ -79,10 +78,8 @@ def test_the_stage_runs_on_answers_that_are_paid_for(project_file: Path, rejecte
     assert accuracy > 0
 
 
-def test_the_reference_is_the_checkpoint_that_the_stage_started_from(project_file: Path) -> None:
-    for stage in ("sample", "sft"):
-        assert main([stage, "--config", str(project_file)]) == 0
-    with Project(load_config(Config, str(project_file))) as project:
+def test_the_reference_is_the_checkpoint_that_the_stage_started_from(trained: Path) -> None:
+    with Project(load_config(Config, str(trained))) as project:
         sft = project.run_dir.checkpoint("sft")
         student = Student(project.config.student, adapter=sft)
         ids, size = student.renderer.prompt([{"role": "user", "content": "Say 1"}]), 3

@@ -185,14 +185,12 @@ def test_more_forks_are_more_labels_in_the_order_of_the_text(corpus: Corpus, ren
 
 @pytest.mark.parametrize("config", [PrefixConfig(), ForksConfig()], ids=lambda config: config.name)
 def test_an_endpoint_that_cannot_is_refused_before_anything_is_paid(
-    config: AlgorithmConfig, project_file: Path, capsys: pytest.CaptureFixture[str]
+    config: AlgorithmConfig, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert config.lacking(Capabilities()) is not None
     assert config.lacking(Capabilities(prefill="prefix", top_logprobs_max=5)) is None
-    for stage in ("sample", "sft"):
-        assert main([stage, "--config", str(project_file)]) == 0
     flags = ["--onpolicy.algorithm", f"{{name: {config.name}}}", "--teacher.capabilities", "{prefill: none}"]
-    assert main(["onpolicy", "--config", str(project_file), *flags]) == 3
+    assert main(["onpolicy", "--config", str(trained), *flags]) == 3
     assert "run `probe`" in capsys.readouterr().err
 
 

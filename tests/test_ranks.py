@@ -46,13 +46,6 @@ def as_the_launcher_would(project: Path, run: Path, *flags: str) -> tuple[list[i
     return [rank.exitcode for rank in ranks], said.read_text()
 
 
-@pytest.fixture
-def trained(project_file: Path) -> Path:
-    for stage in ("sample", "sft"):
-        assert main([stage, "--config", str(project_file)]) == 0
-    return project_file
-
-
 def metrics(run: Path) -> dict[tuple[object, ...], float]:
     rows = query(run / "corpus.duckdb", "select round, step, name, value from metrics where stage = 'onpolicy'")[1]
     return {tuple(row[:3]): float(row[3]) for row in rows}

@@ -87,8 +87,8 @@ def test_run_goes_from_prompts_to_a_table(project_file: Path, capsys: pytest.Cap
     assert json.loads((run_dir / "summary.json").read_text()) == json.loads(before)
 
 
-def test_a_round_that_was_killed_is_repeated_exactly(project_file: Path) -> None:
-    folder = project_file.parent
+def test_a_round_that_was_killed_is_repeated_exactly(trained: Path) -> None:
+    project_file, folder = trained, trained.parent
     assert main(["run", "--config", str(project_file)]) == 0
     asked = rows(project_file, "select count(*) from attempts")
     shutil.copytree(folder / "run", folder / "killed")
@@ -104,10 +104,8 @@ def test_a_round_that_was_killed_is_repeated_exactly(project_file: Path) -> None
     assert evaluated == [("base",), ("sft",), ("teacher",)]  # the rounds' own numbers are of the earlier ones
 
 
-def test_the_second_round_alone_is_the_same_as_in_one_go(project_file: Path) -> None:
-    folder = project_file.parent
-    for stage in ("sample", "sft"):
-        assert main([stage, "--config", str(project_file)]) == 0
+def test_the_second_round_alone_is_the_same_as_in_one_go(trained: Path) -> None:
+    project_file, folder = trained, trained.parent
     shutil.copytree(folder / "run", folder / "steps")
     assert main(["onpolicy", "--config", str(project_file)]) == 0
     for rounds in ("1", "2"):
@@ -127,14 +125,12 @@ def test_sft_learns_the_answers_and_keeps_dev_apart(project_file: Path) -> None:
     assert not (project_file.parent / "run" / "trainer").exists()
 
 
-def test_a_shorter_sft_leaves_no_steps_of_the_one_before(project_file: Path) -> None:
+def test_a_shorter_sft_leaves_no_steps_of_the_one_before(trained: Path) -> None:
     last = "select max(step) from metrics where stage = 'sft'"
-    for stage in ("sample", "sft"):
-        assert main([stage, "--config", str(project_file)]) == 0
-    ((before,),) = rows(project_file, last)
-    shutil.rmtree(project_file.parent / "run" / "checkpoints")
-    assert main(["sft", "--config", str(project_file), "--sft.trainer.num_train_epochs", "1"]) == 0
-    assert rows(project_file, last) == [(before // 2,)]
+    ((before,),) = rows(trained, last)
+    shutil.rmtree(trained.parent / "run" / "checkpoints")
+    assert main(["sft", "--config", str(trained), "--sft.trainer.num_train_epochs", "1"]) == 0
+    assert rows(trained, last) == [(before // 2,)]
 
 
 def test_sft_that_was_killed_goes_on_from_its_last_epoch(
@@ -178,12 +174,8 @@ def test_sft_that_was_killed_goes_on_from_its_last_epoch(
     assert same(adapter(project_file, "sft"), adapter(project_file, "sft", "killed"))
 
 
-def test_other_settings_do_not_mix_with_an_old_checkpoint(
-    project_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for stage in ("sample", "sft"):
-        assert main([stage, "--config", str(project_file)]) == 0
-    assert main(["sft", "--config", str(project_file), "--sft.trainer.learning_rate", "1e-2"]) == 2
+def test_other_settings_do_not_mix_with_an_old_checkpoint(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sft", "--config", str(trained), "--sft.trainer.learning_rate", "1e-2"]) == 2
     assert "was made with sft.trainer.learning_rate 0.001, the config now says 0.01" in capsys.readouterr().err
 
 
@@ -280,12 +272,10 @@ def test_onpolicy_without_sft_says_what_to_do(project_file: Path, capsys: pytest
     assert "run `sft` first" in capsys.readouterr().err
 
 
-def test_too_much_failed_feedback_stops_with_3(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for stage in ("sample", "sft"):
-        assert main([stage, "--config", str(project_file)]) == 0
+def test_too_much_failed_feedback_stops_with_3(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # what `sample` bought came from the same model, so it stays valid; from here on the teacher is silent
     silent = ["--teacher.reply", "' '"]
-    assert main(["onpolicy", "--config", str(project_file), *silent]) == 3
+    assert main(["onpolicy", "--config", str(trained), *silent]) == 3
     assert "3 of 3 replies could not be used" in capsys.readouterr().err
 
 
@@ -311,12 +301,12 @@ def test_evaluate_prints_json_of_the_promised_shape(project_file: Path, capsys: 
     assert summary["spend"]["cost_usd"] is None  # a scripted teacher has no price
 
 
-def test_export_is_what_datasets_and_trl_read(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_is_what_datasets_and_trl_read(trained: Path) -> None:
     from datasets import load_dataset
 
-    out = project_file.parent / "out"
-    assert main(["run", "--config", str(project_file)]) == 0
-    corpus = ["--corpus", str(project_file.parent / "run" / "corpus.duckdb")]
+    out = trained.parent / "out"
+    assert main(["run", "--config", str(trained)]) == 0
+    corpus = ["--corpus", str(trained.parent / "run" / "corpus.duckdb")]
     assert main(["export-corpus", "--out", str(out), *corpus]) == 0
     for form, suffix in (("parquet", "parquet"), ("json", "jsonl")):
         sft = load_dataset(form, data_files=str(out / f"sft.{suffix}"), split="train", cache_dir=str(out / "cache"))

@@ -64,7 +64,8 @@ def test_rows_of_a_batch_are_scored_as_each_alone(student: Student) -> None:
         assert other.tail_kl == pytest.approx(one.tail_kl, abs=1e-5, nan_ok=True)
         unlabelled = [True] * len(targets(row)) if label is None else (label.logprobs == -np.inf).all(1).tolist()
         assert np.isnan(other.tail_kl).tolist() == unlabelled
-        assert other.top.ids.tolist() == one.top.ids.tolist() and other.top.ids.shape == (len(targets(row)), 4)
+        assert other.top.ids.tolist() == one.top.ids.tolist()
+        assert other.top.ids.shape == (len(targets(row)), 4)
         assert other.top.logprobs == pytest.approx(one.top.logprobs, abs=1e-5)
 
 
