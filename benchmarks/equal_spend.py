@@ -306,8 +306,8 @@ def run_one(run: Run) -> dict[str, Any] | str:
 
 
 def work(runs: Iterable[Run], flags: argparse.Namespace) -> None:
-    """Those that have no row yet, in order, `--jobs` at a time; each row is written as it comes."""
-    done = {key_of(row) for row in equal_spend_table.read(flags.rows)}
+    """Those that have no row yet or failed, in order, `--jobs` at a time; each row is written as it comes."""
+    done = {key_of(row) for row in equal_spend_table.read(flags.rows) if "failed" not in row}
     todo = []
     for run in runs:
         if not run.sizes.prompts_per_round:
@@ -378,8 +378,8 @@ def study(flags: argparse.Namespace) -> list[dict[str, Any]]:
         for arm in flags.arms
     ]
     work(runs, flags)
-    asked = {key_of(run._asdict()) for run in runs}
-    return [row for row in equal_spend_table.read(flags.rows) if key_of(row) in asked]
+    last = {key_of(row): row for row in equal_spend_table.read(flags.rows)}  # one that failed may have been run again
+    return [last[key] for key in map(key_of, map(Run._asdict, runs)) if key in last]
 
 
 def main() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import equal_spend_table as tables
 import pytest
-from equal_spend import ANSWER_TOKENS, ARMS, ROUNDS, SPENDS, TUNED, Arm, Run, key_of, sizes, told
+from equal_spend import ANSWER_TOKENS, ARMS, ROUNDS, SPENDS, TUNED, Arm, Run, key_of, run_of, sizes, study, told
 
 from blackbox_kd.config import load_config
 from blackbox_kd.settings import Config
@@ -80,6 +81,16 @@ def test_a_run_on_another_sft_is_another_run(tmp_path: Path) -> None:
     again = run._replace(settings={"sft.dev_fraction": 0, "share": 0.5})
     assert key_of(json.loads(json.dumps(told(run)))) == key_of(told(again))
     assert key_of(told(run)) != key_of(told(run._replace(settings={"share": 0.5})))
+
+
+def test_a_run_that_failed_and_was_made_again_counts_once(tmp_path: Path) -> None:
+    flags = argparse.Namespace(arms=["sft"], seeds=[1], spend=[8000], out=tmp_path, device="cpu", threads=1, jobs=1)
+    flags.rows = tmp_path / "rows.jsonl"
+    tuned = json.loads(TUNED.read_text())["sft"]
+    which = told(run_of("sft", 8000, 1, tuned["trial"], tuned["settings"], {}, flags))
+    rows = [which | {"failed": "TeacherError: x"}, row("sft", 1, [0.5]) | which, row("sft", 1, [0.1])]
+    flags.rows.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    assert study(flags) == [rows[1]]  # the third is of other settings
 
 
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:
