@@ -251,8 +251,8 @@ async def shared_sft(project: Project, pool: Path) -> float:
     return 0.0
 
 
-def measured(project: Project, checkpoint: Path) -> dict[str, Any]:
-    """Of each prompt: sums over the tokens of the teacher's held-out answer, and chrF of the student's greedy one."""
+def measured(project: Project, checkpoint: Path, *, texts: bool) -> dict[str, Any]:
+    """Of each prompt: sums over the tokens of the teacher's held-out answer; `texts`: chrF of greedy answers, too."""
     from true_kl import Truth
 
     from blackbox_kd.evaluate import HOLDBACK, chrf
@@ -263,6 +263,8 @@ def measured(project: Project, checkpoint: Path) -> dict[str, Any]:
     student = Student(config.student, adapter=checkpoint)
     truth = Truth(project, student, config.evaluate.top_logprobs or 20)
     found: dict[str, Any] = {"heldout": truth.measure(student)}
+    if not texts:
+        return found
     fixed = yardstick.captured(project).answers
     targets = {answer.prompt.prompt_id: answer.greedy.text.strip() for answer in fixed}
     held = project.prompts[HOLDBACK]
@@ -295,7 +297,8 @@ def run_one(run: Run) -> dict[str, Any] | str:
             bill = used.bill(project)
             teacher_tokens = bill["prompt_tokens"] + bill["completion_tokens"]
             row = {**told(run), **run.sizes._asdict(), **bill, "teacher_tokens": teacher_tokens, "device": run.device,
-                   "wall_s": round(wall_s, 1), "prompts": measured(project, checkpoint)}  # fmt: skip
+                   "wall_s": round(wall_s, 1),
+                   "prompts": measured(project, checkpoint, texts=run.seed != TUNING_SEED)}  # fmt: skip
             where = {"checkpoint": run.arm, "step": run.spend, "round": run.seed}
             metrics = equal_spend_table.metrics(row) | {"teacher_tokens": row["teacher_tokens"]}
             project.log("equal_spend", [{**where, "name": name, "value": value} for name, value in metrics.items()])

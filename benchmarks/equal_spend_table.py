@@ -33,7 +33,8 @@ def metrics(row: dict[str, Any]) -> dict[str, float]:
     """Means of one run."""
     held = row["prompts"]["heldout"]
     found = {name: sum(held[name]) / sum(held["tokens"]) for name in KL}
-    return found | {f"chrf_{s}": sum(v["chrf"]) / len(v["chrf"]) for s, v in row["prompts"].items()}
+    chrf = {split: values["chrf"] for split, values in row["prompts"].items() if "chrf" in values}  # not of a trial
+    return found | {f"chrf_{split}": sum(values) / len(values) for split, values in chrf.items()}
 
 
 def summary(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
