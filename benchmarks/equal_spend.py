@@ -262,9 +262,9 @@ def measured(project: Project, checkpoint: Path, *, texts: bool) -> dict[str, An
     config = project.config
     student = Student(config.student, adapter=checkpoint)
     truth = Truth(project, student, config.evaluate.top_logprobs or 20)
-    found: dict[str, Any] = {"heldout": truth.measure(student)}
+    sums: dict[str, Any] = {"heldout": truth.measure(student)}
     if not texts:
-        return found
+        return sums
     fixed = yardstick.captured(project).answers
     targets = {answer.prompt.prompt_id: answer.greedy.text.strip() for answer in fixed}
     held = project.prompts[HOLDBACK]
@@ -281,14 +281,16 @@ def measured(project: Project, checkpoint: Path, *, texts: bool) -> dict[str, An
     splits: tuple[Split, ...] = ("heldout", "ood", HOLDBACK)
     for split in splits:
         scores = [chrf(c.text.strip(), targets[p.prompt_id]) for p, c in answers if p.split == split]
-        found.setdefault(split, {})["chrf"] = scores
-    return found
+        sums.setdefault(split, {})["chrf"] = scores
+    return sums
 
 
 def run_one(run: Run) -> dict[str, Any] | str:
     """The row of one run, or why there is none."""
-    began, pool = time.monotonic(), run.out / "sft"
+    began, pool, failed = time.monotonic(), run.out / "sft", run.out / f"{run.name}.failed"
     pool.mkdir(exist_ok=True)
+    failed.unlink(missing_ok=True)
+    shutil.rmtree(run.out / run.name, ignore_errors=True)  # of one that was stopped: half a run has half a wall_s
     try:
         with Project(load_config(Config, "quickstart", run.overrides())) as project:
             used = Used(project.run_dir.path)
@@ -304,21 +306,25 @@ def run_one(run: Run) -> dict[str, Any] | str:
             project.log("equal_spend", [{**where, "name": name, "value": value} for name, value in metrics.items()])
             return row
     except Exception as error:  # one run that fails must not end the study
-        (run.out / f"{run.name}.failed").write_text(traceback.format_exc())
+        failed.write_text(traceback.format_exc())
         return f"{type(error).__name__}: {error}"
 
 
-def work(runs: Iterable[Run], flags: argparse.Namespace) -> None:
-    """Those that have no row yet or failed, in order, `--jobs` at a time; each row is written as it comes."""
-    done = {key_of(row) for row in equal_spend_table.read(flags.rows) if "failed" not in row}
-    todo = []
+def missing(runs: Iterable[Run], rows: Path) -> list[Run]:
+    """Those that have no row yet, or failed."""
+    done, todo = found(rows), []
     for run in runs:
         if not run.sizes.prompts_per_round:
             say(f"{run.name}: left out, one prompt a round costs more than its share of the spend")
-        elif key_of(run._asdict()) not in done:
+        elif "failed" in done.get(key_of(run._asdict()), {"failed": "never begun"}):
             todo.append(run)
+    return todo
+
+
+def work(runs: Iterable[Run], flags: argparse.Namespace) -> None:
+    """What is missing, in order, `--jobs` at a time; each row is written as it comes."""
     with ProcessPoolExecutor(flags.jobs, mp_context=get_context("spawn")) as pool:
-        asked = {pool.submit(run_one, run): run for run in todo}
+        asked = {pool.submit(run_one, run): run for run in missing(runs, flags.rows)}
         for future in as_completed(asked):
             run, row = asked[future], future.result()
             if isinstance(row, str):
@@ -340,6 +346,15 @@ def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return row["arm"], row["spend"], row["seed"], json.dumps(row["settings"], sort_keys=True)
 
 
+def found(rows: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The row of each run; of one that failed and was made again, the one that counts."""
+    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in equal_spend_table.read(rows):
+        if "failed" not in row or key_of(row) not in kept:
+            kept[key_of(row)] = row
+    return kept
+
+
 def tune(flags: argparse.Namespace) -> None:
     """The trial of each arm that comes nearest to the teacher on the dev prompts; sft first, on which others build."""
     best: dict[str, Any] = json.loads(TUNED.read_text()) if TUNED.exists() else {}
@@ -351,10 +366,10 @@ def tune(flags: argparse.Namespace) -> None:
             for n, trial in enumerate(ARMS[arm].trials)
         ]
         work(runs, flags)
-        found = {key_of(row): equal_spend_table.metrics(row)["true_kl"] for row in equal_spend_table.read(flags.rows)
-                 if "failed" not in row}  # fmt: skip
+        rows = found(flags.rows)
+        reached = {key: equal_spend_table.metrics(row)["true_kl"] for key, row in rows.items() if "failed" not in row}
         for arm in dict.fromkeys(run.arm for run in runs):
-            values = [found.get(key_of(run._asdict())) for run in runs if run.arm == arm]
+            values = [reached.get(key_of(run._asdict())) for run in runs if run.arm == arm]
             known = [value for value in values if value is not None]
             taken = values.index(min(known)) if known else 0
             best[arm] = {"trial": taken, "settings": ARMS[arm].trials[taken], "dev_true_kl": values}
@@ -381,8 +396,8 @@ def study(flags: argparse.Namespace) -> list[dict[str, Any]]:
         for arm in flags.arms
     ]
     work(runs, flags)
-    last = {key_of(row): row for row in equal_spend_table.read(flags.rows)}  # one that failed may have been run again
-    return [last[key] for key in map(key_of, map(Run._asdict, runs)) if key in last]
+    rows = found(flags.rows)
+    return [rows[key] for key in map(key_of, map(Run._asdict, runs)) if key in rows]
 
 
 def main() -> None:
@@ -406,10 +421,10 @@ def main() -> None:
     if flags.tune:
         tune(flags)
         return
-    found = equal_spend_table.summary(study(flags))
+    result = equal_spend_table.summary(study(flags))
     if flags.plot:
-        equal_spend_table.plot(found, flags.plot)
-    print(json.dumps(found, indent=1) if flags.json else equal_spend_table.table(found))
+        equal_spend_table.plot(result, flags.plot)
+    print(json.dumps(result, indent=1) if flags.json else equal_spend_table.table(result))
 
 
 if __name__ == "__main__":

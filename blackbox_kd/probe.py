@@ -45,7 +45,7 @@ async def ensure(project: Project) -> None:
         TeacherRefused: the endpoint cannot do what the algorithm needs.
     """
     teacher = project.teacher
-    if project.config.onpolicy.algorithm.lacking(teacher.capabilities) and not teacher.probed:
+    if project.config.onpolicy.algorithm.lacking(teacher.capabilities) and not teacher.probed():
         await run(project)
     if why := project.settle():
         say(f"onpolicy.algorithm auto: {why}")

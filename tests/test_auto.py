@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 
 from blackbox_kd.__main__ import main
 from blackbox_kd.algorithms.auto import AutoConfig
+from blackbox_kd.command import overrides
 from blackbox_kd.config import load_config
 from blackbox_kd.corpus import query
-from blackbox_kd.project import affordable
+from blackbox_kd.probe import ensure
+from blackbox_kd.project import Project, affordable
 from blackbox_kd.prompts import PromptSet
 from blackbox_kd.settings import Config
 from blackbox_kd.teachers.base import Capabilities
@@ -94,6 +97,20 @@ def test_a_run_probes_first_and_makes_the_same_choice_again(
     assert main([*command, "--onpolicy.rounds", "2"]) == 0
     assert query(corpus, calls)[1] == probed
     assert (project_file.parent / "run" / "checkpoints" / "round-2").exists()
+
+
+def test_what_another_run_has_probed_meanwhile_counts(project_file: Path) -> None:
+    blank = [*AUTO, "--teacher.capabilities", "{scoring: none}"]
+    other = ["--run_dir", str(project_file.parent / "other")]
+    other += ["--corpus", str(project_file.parent / "run" / "corpus.duckdb")]
+    with (
+        Project(load_config(Config, str(project_file), overrides(blank))) as ours,
+        Project(load_config(Config, str(project_file), overrides([*blank, *other]))) as theirs,
+    ):
+        theirs.teacher.set_capabilities({"prefill": ("prefix", "tried")})
+        asyncio.run(ensure(ours))
+        assert ours.config.onpolicy.algorithm.name == "prefix"
+        assert ours.corpus.rows("SELECT count(*) FROM attempts") == [(0,)]
 
 
 def test_plan_counts_what_it_would_choose(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

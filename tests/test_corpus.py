@@ -103,6 +103,17 @@ def test_a_block_that_fails_leaves_nothing_open(corpus: Corpus) -> None:
     assert stored(corpus, "requests") == 0
 
 
+def test_what_fails_inside_a_block_is_said_there_and_leaves_no_half_of_a_transaction(corpus: Corpus) -> None:
+    corpus.add_requests([request()])
+    broken = completion(author="student", choice_idx=1, prompt_id="no uuid")
+    with corpus.connect():
+        with pytest.raises(CorpusError, match=r"corpus\.duckdb: "):
+            corpus.add_completions([completion(author="student"), broken], scorer="m@p", run_id=RUN_ID)
+        assert stored(corpus, "completions") == 0
+        corpus.add_completions([completion(author="student")], scorer="m@p", run_id=RUN_ID)
+    assert stored(corpus, "completions") == 1
+
+
 OPEN = "import duckdb, sys; duckdb.connect(sys.argv[1]).close()"
 
 

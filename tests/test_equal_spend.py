@@ -9,7 +9,21 @@ from typing import Any
 
 import equal_spend_table as tables
 import pytest
-from equal_spend import ANSWER_TOKENS, ARMS, ROUNDS, SPENDS, TUNED, Arm, Run, key_of, run_of, sizes, study, told
+from equal_spend import (
+    ANSWER_TOKENS,
+    ARMS,
+    ROUNDS,
+    SPENDS,
+    TUNED,
+    Arm,
+    Run,
+    key_of,
+    missing,
+    run_of,
+    sizes,
+    study,
+    told,
+)
 
 from blackbox_kd.config import load_config
 from blackbox_kd.settings import Config
@@ -88,9 +102,14 @@ def test_a_run_that_failed_and_was_made_again_counts_once(tmp_path: Path) -> Non
     flags.rows = tmp_path / "rows.jsonl"
     tuned = json.loads(TUNED.read_text())["sft"]
     which = told(run_of("sft", 8000, 1, tuned["trial"], tuned["settings"], {}, flags))
-    rows = [which | {"failed": "TeacherError: x"}, row("sft", 1, [0.5]) | which, row("sft", 1, [0.1])]
-    flags.rows.write_text("".join(json.dumps(each) + "\n" for each in rows))
-    assert study(flags) == [rows[1]]  # the third is of other settings
+    failed, made = which | {"failed": "TeacherError: x"}, row("sft", 1, [0.5]) | which
+    run = run_of("sft", 8000, 1, tuned["trial"], tuned["settings"], {}, flags)
+    flags.rows.write_text(json.dumps(failed) + "\n")
+    assert missing([run], flags.rows) == [run]
+    written = [failed, made, failed, row("sft", 1, [0.1])]  # the last is of other settings
+    flags.rows.write_text("".join(json.dumps(each) + "\n" for each in written))
+    assert missing([run], flags.rows) == []
+    assert study(flags) == [made]
 
 
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:

@@ -49,12 +49,32 @@ def connect(path: Path, *, read_only: bool, wait_s: float) -> Iterator[duckdb.Du
     """
     con = _open(path, read_only=read_only, wait_s=wait_s)
     try:
-        yield con
-    except duckdb.Error as error:
-        raise CorpusError(f"{path}: {_one_line(error)}") from error
+        with said_of(path):
+            yield con
     finally:
         with _one_at_a_time:
             con.close()
+
+
+@contextmanager
+def said_of(path: Path) -> Iterator[None]:
+    """What DuckDB says inside the block is a CorpusError."""
+    try:
+        yield
+    except duckdb.Error as error:
+        raise CorpusError(f"{path}: {_one_line(error)}") from error
+
+
+@contextmanager
+def transaction(con: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    """All of the block or nothing."""
+    con.execute("BEGIN")
+    try:
+        yield
+        con.execute("COMMIT")
+    except BaseException:
+        con.execute("ROLLBACK")
+        raise
 
 
 def query(path: Path, sql: str, *, wait_s: float = READ_WAIT_S) -> tuple[list[str], list[tuple[Any, ...]]]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from blackbox_kd.corpus.connection import transaction
 from blackbox_kd.corpus.ingest import insert, timestamp
 
 if TYPE_CHECKING:
@@ -25,14 +26,13 @@ def replace(corpus: Corpus, run_id: str, rows: Sequence[Mapping[str, Any]]) -> N
         gone = known.keys() - said.keys()
         new = [row for key, row in said.items() if known.get(key) != (row["detail"], row["action"])]
         now = timestamp(time.time())
-        con.execute("BEGIN")
-        con.execute(
-            """DELETE FROM curation WHERE run_id = ?::UUID AND (completion_id::VARCHAR || reason) IN
-               (SELECT unnest(?::VARCHAR[]))""",
-            [run_id, ["".join(key) for key in gone]],
-        )
-        insert(con, "curation", [{**row, "run_id": run_id, "created_at": now} for row in new], replace=True)
-        con.execute("COMMIT")
+        with transaction(con):
+            con.execute(
+                """DELETE FROM curation WHERE run_id = ?::UUID AND (completion_id::VARCHAR || reason) IN
+                   (SELECT unnest(?::VARCHAR[]))""",
+                [run_id, ["".join(key) for key in gone]],
+            )
+            insert(con, "curation", [{**row, "run_id": run_id, "created_at": now} for row in new], replace=True)
 
 
 def dropped(corpus: Corpus, run_id: str) -> set[str]:

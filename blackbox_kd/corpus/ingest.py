@@ -11,6 +11,7 @@ import msgspec
 import pyarrow as pa
 
 from blackbox_kd.corpus import logprobs
+from blackbox_kd.corpus.connection import transaction
 from blackbox_kd.corpus.journal import Answered, Record, Sent
 from blackbox_kd.corpus.logprobs import Vocabs
 from blackbox_kd.types import Completion, Scores
@@ -98,18 +99,13 @@ def _store(con: duckdb.DuckDBPyConnection, records: list[Record], vocabs: Vocabs
 def _transact(con: duckdb.DuckDBPyConnection, records: list[Record], vocabs: Vocabs) -> None:
     answered = [r for r in records if isinstance(r, Answered)]
     lost = [_lost_row(r) for r in records if isinstance(r, Sent)]
-    con.execute("BEGIN")
-    try:
+    with transaction(con):
         insert(con, "attempts", [_attempt_row(r) for r in answered] + lost)
         insert(con, "completions", [completion_row(c, r.attempt.run_id, r.attempt.attempted_at)
                                     for r in answered for c in r.completions])  # fmt: skip
         insert_logprobs(con, [(c, r.scorer) for r in answered for c in r.completions if c.logprobs], vocabs)
         insert_logprobs(con, [(r.scores, r.scorer) for r in answered if r.scores], vocabs, only_with="")
         insert(con, "dead_letters", [_dead_row(r) for r in answered if r.dead_letter])
-        con.execute("COMMIT")
-    except BaseException:
-        con.execute("ROLLBACK")
-        raise
 
 
 def timestamp(seconds: float) -> datetime:

@@ -16,7 +16,7 @@ import msgspec
 
 from blackbox_kd.corpus import scored
 from blackbox_kd.corpus.answers import Known, answers, settled
-from blackbox_kd.corpus.connection import connect
+from blackbox_kd.corpus.connection import connect, said_of, transaction
 from blackbox_kd.corpus.ingest import Row, completion_row, ingest, insert, insert_logprobs, timestamp
 from blackbox_kd.corpus.journal import Record, damaged, leftovers, put_aside
 from blackbox_kd.corpus.logprobs import Vocabs
@@ -70,7 +70,8 @@ class Corpus:
         questions. It keeps everybody else out, so nothing slow belongs into the block.
         """
         if con := getattr(self._inside, "con", None):
-            yield con
+            with said_of(self.path):
+                yield con
             return
         with connect(self.path, read_only=False, wait_s=self.lock_wait_s if wait_s is None else wait_s) as con:
             self._inside.con = con
@@ -213,11 +214,9 @@ class Corpus:
     def add_completions(self, completions: Sequence[Completion], *, scorer: str, run_id: str) -> None:
         """Answers that came from no endpoint: the student's own samples, with their token logprobs."""
         now = time.time()
-        with self.connect() as con:
-            con.execute("BEGIN")
+        with self.connect() as con, transaction(con):
             insert(con, "completions", [completion_row(c, run_id, now) for c in completions])
             insert_logprobs(con, [(c, scorer) for c in completions if c.logprobs], Vocabs())
-            con.execute("COMMIT")
 
     def whole_answers(self, keys: Sequence[str]) -> list[tuple[str, str, str]]:
         """Answers to these requests that can be learnt: (prompt_id, completion_id, text), by completion_id."""
@@ -330,15 +329,16 @@ def _migrate(con: duckdb.DuckDBPyConnection, path: Path) -> None:
     tables = {name for (name,) in con.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
     if tables and "meta" not in tables:
         raise CorpusError(f"{path} is a DuckDB file, but no corpus (its tables: {', '.join(sorted(tables)[:5])})")
-    con.execute("BEGIN")  # a kill leaves all of it or nothing
-    con.execute(files.joinpath("schema.sql").read_text("utf-8"))  # also a table that an older version did not have
-    if not tables:
-        con.execute("INSERT INTO meta VALUES ('schema_version', ?)", [str(SCHEMA_VERSION)])
-    version = int(con.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchall()[0][0])
-    if version != SCHEMA_VERSION:
-        raise CorpusError(f"{path} has schema version {version}, this blackbox_kd speaks {SCHEMA_VERSION}: upgrade it")
-    con.execute(files.joinpath("views.sql").read_text("utf-8"))
-    con.execute("COMMIT")
+    with transaction(con):
+        con.execute(files.joinpath("schema.sql").read_text("utf-8"))  # also a table that an older version did not have
+        if not tables:
+            con.execute("INSERT INTO meta VALUES ('schema_version', ?)", [str(SCHEMA_VERSION)])
+        version = int(con.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchall()[0][0])
+        if version != SCHEMA_VERSION:
+            raise CorpusError(
+                f"{path} has schema version {version}, this blackbox_kd speaks {SCHEMA_VERSION}: upgrade it"
+            )
+        con.execute(files.joinpath("views.sql").read_text("utf-8"))
 
 
 def _request_row(request: Request) -> Row:

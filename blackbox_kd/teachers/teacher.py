@@ -101,9 +101,9 @@ class Teacher(Questions):
         self._capabilities = self._capabilities or capabilities(self.corpus, self.config)
         return self._capabilities
 
-    @property
     def probed(self) -> bool:
-        """Whether somebody has looked."""
+        """Whether somebody has looked, maybe another run just now: the capabilities are read again."""
+        self._capabilities = None
         return bool(self.corpus.capabilities(self.config.model, self.config.address))
 
     def set_capabilities(self, found: Mapping[str, tuple[Any, str]]) -> None:
