@@ -21,9 +21,10 @@ from referencing import Registry
 from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
-from blackbox_kd.config import Section, find_file, validate
+from blackbox_kd.config import find_file, validate
 from blackbox_kd.errors import ConfigError
 from blackbox_kd.prompts import prompt_of, read_jsonl
+from blackbox_kd.sections import Section
 from blackbox_kd.types import Prompt
 
 NUMBER = re.compile(r"[-+\u2212]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+\u2212]?\.\d+")

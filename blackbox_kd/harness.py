@@ -11,8 +11,8 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from blackbox_kd.config import LmEvalConfig
 from blackbox_kd.errors import ConfigError
+from blackbox_kd.sections import LmEvalConfig
 
 if TYPE_CHECKING:  # with torch
     from blackbox_kd.student.student import Student

@@ -15,11 +15,12 @@ import jinja2.meta
 import msgspec
 import numpy as np
 
-from blackbox_kd.config import PromptsConfig, find_file
+from blackbox_kd.config import find_file
 from blackbox_kd.errors import ConfigError
 from blackbox_kd.hashing import content_id
 from blackbox_kd.leaks import Leaks, find_leaks
 from blackbox_kd.progress import counting, say
+from blackbox_kd.sections import PromptsConfig
 from blackbox_kd.types import Message, Prompt, Split
 
 SPLITS: tuple[Split, ...] = get_args(Split)

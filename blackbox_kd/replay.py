@@ -6,10 +6,10 @@ import random
 from typing import Any
 
 from blackbox_kd.algorithms.base import AlgorithmConfig, ce_sample
-from blackbox_kd.config import SftConfig, SoftLossConfig
 from blackbox_kd.hashing import phase_seed
 from blackbox_kd.progress import say
 from blackbox_kd.project import Project
+from blackbox_kd.sections import SftConfig, SoftLossConfig
 from blackbox_kd.soft_labels import label
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.types import TrainSample, scorer

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blackbox_kd import health, vllm
-from blackbox_kd.config import VllmConfig
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.errors import AlignmentError, TeacherError
 from blackbox_kd.progress import say
+from blackbox_kd.sections import VllmConfig
 from blackbox_kd.student.student import Student
 from blackbox_kd.types import (
     Completion,

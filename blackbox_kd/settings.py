@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 
 from blackbox_kd.algorithms import algorithms
 from blackbox_kd.algorithms.base import AlgorithmConfig
-from blackbox_kd.config import (
+from blackbox_kd.curation.config import CurateConfig
+from blackbox_kd.sections import (
     EvaluateConfig,
     PromptsConfig,
     SampleConfig,
@@ -22,7 +23,6 @@ from blackbox_kd.config import (
     UpdateConfig,
     VllmConfig,
 )
-from blackbox_kd.curation.config import CurateConfig
 from blackbox_kd.teachers import providers
 from blackbox_kd.teachers.base import TeacherConfig
 from blackbox_kd.teachers.budget import BudgetConfig

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from blackbox_kd.checkers import Choice, Item, Written, load_task
-from blackbox_kd.config import EvaluateConfig
 from blackbox_kd.errors import AlignmentError, ConfigError, GateFailed
+from blackbox_kd.sections import EvaluateConfig
 from blackbox_kd.types import Interval
 from blackbox_kd.yardstick import Metrics, interval
 

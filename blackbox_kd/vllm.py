@@ -15,7 +15,6 @@ from pathlib import Path
 
 import msgspec
 
-from blackbox_kd.config import VllmConfig
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.errors import (
     AlignmentError,
@@ -26,6 +25,7 @@ from blackbox_kd.errors import (
     TransientError,
 )
 from blackbox_kd.hashing import draw_seed
+from blackbox_kd.sections import VllmConfig
 from blackbox_kd.teachers.base import Call, PriceConfig, Reply, Taken, Transport
 from blackbox_kd.teachers.engine import Engine
 from blackbox_kd.teachers.openai import OpenAITeacherConfig

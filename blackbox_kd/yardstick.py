@@ -18,11 +18,11 @@ import msgspec
 import numpy as np
 
 from blackbox_kd.align import SoftLabels, check_not_shifted
-from blackbox_kd.config import EvaluateConfig
 from blackbox_kd.errors import AlignmentError
 from blackbox_kd.hashing import content_id
 from blackbox_kd.judging import usable_text
 from blackbox_kd.progress import say
+from blackbox_kd.sections import EvaluateConfig
 from blackbox_kd.soft_labels import label, labelled_tokens
 from blackbox_kd.student.render import IGNORE
 from blackbox_kd.teachers.teacher import Questions

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from blackbox_kd.algorithms.base import Tools
-from blackbox_kd.config import SoftLossConfig, StudentConfig
 from blackbox_kd.lane import Lane
+from blackbox_kd.sections import SoftLossConfig, StudentConfig
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.teachers.teacher import Teacher
 from blackbox_kd.types import Completion, Prompt, Rollout, TopK

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from blackbox_kd import sample
-from blackbox_kd.config import SampleConfig
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.corpus.heartbeat import Heartbeat, read_heartbeats
 from blackbox_kd.errors import BudgetExhausted, ConfigError, TeacherError, TeacherRefused, TeacherUnreachable
+from blackbox_kd.sections import SampleConfig
 from blackbox_kd.teachers.batch.batches import Batches
 from blackbox_kd.teachers.batch.ledger import Ledger
 from blackbox_kd.teachers.batch.lines import question_line

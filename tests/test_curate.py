@@ -15,12 +15,13 @@ import yaml
 from blackbox_kd.__main__ import main
 from blackbox_kd.best_of_n import best_of_n
 from blackbox_kd.command import overrides, parser
-from blackbox_kd.config import PromptsConfig, load_config
+from blackbox_kd.config import load_config
 from blackbox_kd.corpus import Corpus, query
 from blackbox_kd.curation import Answer, CurateConfig
 from blackbox_kd.errors import TeacherError
 from blackbox_kd.project import Project
 from blackbox_kd.prompts import Template
+from blackbox_kd.sections import PromptsConfig
 from blackbox_kd.settings import Config
 from tests.judges import judge, says, shown
 from tests.test_curation import answer

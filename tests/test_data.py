@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from blackbox_kd.config import SHIPPED, PromptsConfig, find_file
+from blackbox_kd.config import SHIPPED, find_file
 from blackbox_kd.prompts import SPLITS, PrivateContext, PromptSet, Template
+from blackbox_kd.sections import PromptsConfig
 from blackbox_kd.types import Prompt, Split
 
 FOLDERS = sorted(path for path in (SHIPPED.parent / "data").iterdir() if path.is_dir())

@@ -17,8 +17,8 @@ from trl import RewardConfig, RewardTrainer
 from blackbox_kd.__main__ import main
 from blackbox_kd.algorithms.base import Outcome
 from blackbox_kd.algorithms.gad import GadConfig, Group, Judged, accuracy, at_chance, tidy
-from blackbox_kd.config import DiscriminatorConfig, StudentConfig
 from blackbox_kd.corpus import Corpus, query
+from blackbox_kd.sections import DiscriminatorConfig, StudentConfig
 from blackbox_kd.student.discriminator import Discriminator, Pair
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.teachers.scripted import ScriptedTeacherConfig

@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "blackbox_kd"
 # name of a module or package directly below blackbox_kd -> layer (DESIGN: 0 at the bottom, 5 on top)
 LAYERS: dict[str, float] = {
     "errors": 0, "hashing": 0, "types": 0,
-    "config": 1, "run_dir": 1, "prompts": 1, "checkers": 1, "progress": 1, "near": 1, "leaks": 1, "curation": 1,
-    "corpus": 1, "lane": 1,
+    "config": 1, "sections": 1, "run_dir": 1, "prompts": 1, "checkers": 1, "progress": 1, "near": 1, "leaks": 1,
+    "curation": 1, "corpus": 1, "lane": 1,
     "teachers": 2.1, "judging": 2.1,
     "student": 2.2, "losses": 2.2, "align": 2.2,
     "algorithms": 3, "soft_labels": 3, "health": 3, "best_of_n": 3,

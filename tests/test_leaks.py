@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blackbox_kd.config import PromptsConfig
 from blackbox_kd.errors import ConfigError
 from blackbox_kd.leaks import Leaks, find_leaks
 from blackbox_kd.near import NearIndex, jaccard, may_have_twins, normalised, shingles, templates, words
 from blackbox_kd.prompts import SPLITS, PromptSet
+from blackbox_kd.sections import PromptsConfig
 from blackbox_kd.types import Split
 from tests.records import prompt
 

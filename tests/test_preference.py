@@ -12,9 +12,10 @@ import torch
 from blackbox_kd.__main__ import main
 from blackbox_kd.algorithms.base import Outcome
 from blackbox_kd.algorithms.preference import PreferenceConfig
-from blackbox_kd.config import SampleConfig, load_config
+from blackbox_kd.config import load_config
 from blackbox_kd.corpus import Corpus, query
 from blackbox_kd.project import Project
+from blackbox_kd.sections import SampleConfig
 from blackbox_kd.settings import Config
 from blackbox_kd.student.render import IGNORE, Rendered, Renderer
 from blackbox_kd.student.student import Student

@@ -17,9 +17,9 @@ from blackbox_kd.algorithms.cuts import peaks, places
 from blackbox_kd.algorithms.forks import ForksConfig
 from blackbox_kd.algorithms.prefix import PrefixConfig
 from blackbox_kd.align import StudentVocab
-from blackbox_kd.config import SampleConfig, StudentConfig
 from blackbox_kd.corpus import Corpus, query
 from blackbox_kd.errors import AlignmentError
+from blackbox_kd.sections import SampleConfig, StudentConfig
 from blackbox_kd.student.load import end_ids, load_base
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.student.vocabulary import student_vocab

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from blackbox_kd.config import PromptsConfig
 from blackbox_kd.errors import ConfigError
 from blackbox_kd.prompts import SPLITS, PrivateContext, PromptSet, Template, read_jsonl
+from blackbox_kd.sections import PromptsConfig
 from blackbox_kd.types import Prompt, Split
 
 Write = Callable[[str, list[dict[str, Any]]], Path]

@@ -112,7 +112,7 @@ def test_the_main_job_survives_a_kill_and_then_asks_nothing_twice(tmp_path: Path
 def test_the_adapter_loads_as_its_card_says(tmp_path: Path) -> None:
     import torch
 
-    from blackbox_kd.config import StudentConfig
+    from blackbox_kd.sections import StudentConfig
     from blackbox_kd.student.load import model_source
     from blackbox_kd.student.student import Student
     from tests.conftest import GGUF

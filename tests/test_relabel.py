@@ -12,8 +12,8 @@ from blackbox_kd.algorithms import algorithms
 from blackbox_kd.algorithms.auto import AutoConfig
 from blackbox_kd.algorithms.base import Algorithm, Outcome
 from blackbox_kd.algorithms.relabel import RelabelConfig, least_sure
-from blackbox_kd.config import SampleConfig, SoftLossConfig, StudentConfig
 from blackbox_kd.corpus import Corpus
+from blackbox_kd.sections import SampleConfig, SoftLossConfig, StudentConfig
 from blackbox_kd.student.render import IGNORE, Renderer
 from blackbox_kd.teachers.scripted import ScriptedTeacherConfig
 from blackbox_kd.teachers.teacher import Teacher

@@ -13,9 +13,10 @@ from blackbox_kd.__main__ import main
 from blackbox_kd.algorithms.forks import ForksConfig
 from blackbox_kd.algorithms.relabel import RelabelConfig
 from blackbox_kd.command import overrides
-from blackbox_kd.config import SftConfig, SoftLossConfig, load_config
+from blackbox_kd.config import load_config
 from blackbox_kd.project import Project
 from blackbox_kd.replay import Replay, losses
+from blackbox_kd.sections import SftConfig, SoftLossConfig
 from blackbox_kd.settings import Config
 from blackbox_kd.student.student import Student
 from blackbox_kd.types import TrainSample

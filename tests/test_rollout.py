@@ -10,10 +10,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from blackbox_kd.config import StudentConfig
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.errors import AlignmentError
 from blackbox_kd.rollout import Writer
+from blackbox_kd.sections import StudentConfig
 from blackbox_kd.student.student import Student
 from blackbox_kd.types import Completion, Prompt, SamplingParams
 from tests.conftest import RUN_ID

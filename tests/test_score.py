@@ -515,7 +515,7 @@ def test_llama_cpp_scores_answers_as_it_wrote_them(corpus: Corpus) -> None:
 @pytest.mark.slow
 def test_llama_cpp_scores_nearly_as_the_model_in_process(corpus: Corpus) -> None:
     """One tokenizer; the activations of llama.cpp are quantised, those of torch are not."""
-    from blackbox_kd.config import StudentConfig
+    from blackbox_kd.sections import StudentConfig
     from blackbox_kd.student.student import Student
 
     student = Student(StudentConfig(model=GGUF, device="cpu"))

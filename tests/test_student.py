@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from blackbox_kd.config import LoraSection, StudentConfig
 from blackbox_kd.errors import AlignmentError, ModelError
+from blackbox_kd.sections import LoraSection, StudentConfig
 from blackbox_kd.student.load import base_id, pick_dtype
 from blackbox_kd.student.render import IGNORE
 from blackbox_kd.student.student import Student, first_kept, logits_from

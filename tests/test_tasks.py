@@ -12,11 +12,12 @@ import torch
 
 from blackbox_kd.__main__ import main
 from blackbox_kd.checkers import Choice
-from blackbox_kd.config import EvaluateConfig, load_config
+from blackbox_kd.config import load_config
 from blackbox_kd.corpus import query
 from blackbox_kd.errors import AlignmentError, ConfigError, GateFailed
 from blackbox_kd.evaluate import writer
 from blackbox_kd.project import Project
+from blackbox_kd.sections import EvaluateConfig
 from blackbox_kd.settings import Config
 from blackbox_kd.student.student import Student
 from blackbox_kd.tasks import AgainstBase, Tasks, gates, passed

@@ -21,7 +21,7 @@ import yaml
 
 from blackbox_kd.__main__ import main
 from blackbox_kd.algorithms import algorithms
-from blackbox_kd.config import StudentConfig
+from blackbox_kd.sections import StudentConfig
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.student.student import Student
 from blackbox_kd.teachers.scores import prompt_tokens

@@ -16,8 +16,9 @@ import torch
 from blackbox_kd import sft
 from blackbox_kd.__main__ import main
 from blackbox_kd.command import overrides
-from blackbox_kd.config import StudentConfig, load_config
+from blackbox_kd.config import load_config
 from blackbox_kd.errors import AlignmentError, ConfigError
+from blackbox_kd.sections import StudentConfig
 from blackbox_kd.settings import Config
 from blackbox_kd.sft import Row, build_trainer, metric_rows
 from blackbox_kd.student.render import IGNORE

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from blackbox_kd.algorithms.base import ce_sample
-from blackbox_kd.config import StudentConfig, UpdateConfig
 from blackbox_kd.errors import AlignmentError, TrainingError
+from blackbox_kd.sections import StudentConfig, UpdateConfig
 from blackbox_kd.student.components import COMPONENTS
 from blackbox_kd.student.samples import batches
 from blackbox_kd.student.student import Student

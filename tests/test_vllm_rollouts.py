@@ -13,9 +13,9 @@ import pytest
 from aiohttp import web
 
 from blackbox_kd.__main__ import main
-from blackbox_kd.config import VllmConfig
 from blackbox_kd.errors import AlignmentError, TeacherError, TeacherRefused
 from blackbox_kd.rollout import Writer
+from blackbox_kd.sections import VllmConfig
 from blackbox_kd.student.student import Student
 from blackbox_kd.types import Prompt
 from tests.conftest import RUN_ID

@@ -11,9 +11,9 @@ import msgspec
 import numpy as np
 
 from blackbox_kd.align import SoftLabels
-from blackbox_kd.config import Section, SoftLossConfig, StudentConfig
 from blackbox_kd.errors import AlignmentError, TeacherError
 from blackbox_kd.lane import Lane
+from blackbox_kd.sections import Section, SoftLossConfig, StudentConfig
 from blackbox_kd.student.render import IGNORE, Rendered, Renderer
 from blackbox_kd.teachers.base import Capabilities
 from blackbox_kd.teachers.teacher import Teacher

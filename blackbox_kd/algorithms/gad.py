@@ -40,10 +40,10 @@ from blackbox_kd.algorithms.base import (
     ce_sample,
     pg_sample,
 )
-from blackbox_kd.config import DiscriminatorConfig
 from blackbox_kd.hashing import content_id, phase_seed
 from blackbox_kd.judging import usable_text
 from blackbox_kd.progress import say
+from blackbox_kd.sections import DiscriminatorConfig
 from blackbox_kd.types import Completion, Feedback, Rollout, TrainSample, scorer
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from blackbox_kd.config import Section
+from blackbox_kd.sections import Section
 
 Action = Annotated[Literal["drop", "flag", "off"], BeforeValidator(lambda value: "off" if value is False else value)]
 """drop: it is not learnt. flag: it is, and noted. off: the rule is not asked. YAML reads a bare `off` as false."""

@@ -6,9 +6,10 @@ from typing import Any
 
 from pydantic import ConfigDict
 
-from blackbox_kd.config import SampleConfig, Section, validate
+from blackbox_kd.config import validate
 from blackbox_kd.corpus.run_rows import Asked
 from blackbox_kd.hashing import canonical_json
+from blackbox_kd.sections import SampleConfig, Section
 from blackbox_kd.settings import JudgedConfig, TeacherChoice
 from blackbox_kd.teachers.base import TeacherConfig
 from blackbox_kd.teachers.wire import chat_body

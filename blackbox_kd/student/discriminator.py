@@ -25,10 +25,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from blackbox_kd.config import DiscriminatorConfig, StudentConfig
 from blackbox_kd.errors import ModelError, TrainingError
 from blackbox_kd.losses import bradley_terry
 from blackbox_kd.progress import counting
+from blackbox_kd.sections import DiscriminatorConfig, StudentConfig
 from blackbox_kd.student.load import model_source, pick_device, pick_dtype
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.student.student import seeded

@@ -12,10 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from blackbox_kd.config import StudentConfig, find_file
+from blackbox_kd.config import find_file
 from blackbox_kd.errors import ConfigError, ModelError
 from blackbox_kd.hashing import content_id, file_hash
 from blackbox_kd.progress import say
+from blackbox_kd.sections import StudentConfig
 
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 """Weights, config, tokenizer and chat template."""

@@ -22,8 +22,8 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import distributed
 
-from blackbox_kd.config import StudentConfig
 from blackbox_kd.errors import AlignmentError, ConfigError, TrainingError
+from blackbox_kd.sections import StudentConfig
 from blackbox_kd.student.load import pick_device
 
 PATIENCE = timedelta(days=30)

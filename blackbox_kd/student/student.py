@@ -18,11 +18,11 @@ from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from blackbox_kd.align import SoftLabels
-from blackbox_kd.config import LoraSection, StudentConfig
 from blackbox_kd.errors import AlignmentError, ModelError
 from blackbox_kd.losses import divergence, kept_logprobs, kept_topk
 from blackbox_kd.progress import busy, counting
 from blackbox_kd.run_dir import policy_of
+from blackbox_kd.sections import LoraSection, StudentConfig
 from blackbox_kd.student.load import base_id, end_ids, load_base
 from blackbox_kd.student.render import IGNORE, Rendered, Renderer
 from blackbox_kd.types import SamplingParams, TopK

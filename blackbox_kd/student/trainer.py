@@ -18,9 +18,9 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from blackbox_kd.align import SoftLabels, check_not_shifted
-from blackbox_kd.config import SoftLossConfig
 from blackbox_kd.errors import AlignmentError, ConfigError
 from blackbox_kd.losses import cross_entropy, mix, topk_kl
+from blackbox_kd.sections import SoftLossConfig
 from blackbox_kd.student.render import IGNORE, Rendered
 from blackbox_kd.student.student import first_kept, logits_from
 

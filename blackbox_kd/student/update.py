@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from blackbox_kd.config import UpdateConfig
 from blackbox_kd.errors import TrainingError
 from blackbox_kd.hashing import file_hash
 from blackbox_kd.progress import counting
+from blackbox_kd.sections import UpdateConfig
 from blackbox_kd.student.components import COMPONENTS, Rows
 from blackbox_kd.student.ranks import Ranks
 from blackbox_kd.student.samples import Unit, batches, check, pad, pair_numbers, stream, tensors, units

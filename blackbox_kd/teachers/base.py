@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import msgspec
 from pydantic import Field, field_validator
 
-from blackbox_kd.config import Section
 from blackbox_kd.errors import ConfigError
+from blackbox_kd.sections import Section
 from blackbox_kd.types import Completion, Endpoint, Request, Scores, Usage
 
 if TYPE_CHECKING:  # importing the SDK takes half a second

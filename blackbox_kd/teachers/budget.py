@@ -13,9 +13,9 @@ from typing import Any
 
 from pydantic import Field
 
-from blackbox_kd.config import Section
 from blackbox_kd.corpus.store import Billed
 from blackbox_kd.errors import BudgetExhausted, ConfigError
+from blackbox_kd.sections import Section
 from blackbox_kd.teachers.base import PriceConfig
 from blackbox_kd.teachers.work import Stopped
 from blackbox_kd.types import Attempt, Usage

@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from blackbox_kd.config import SampleConfig
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.prompts import PrivateContext
+from blackbox_kd.sections import SampleConfig
 from blackbox_kd.teachers.base import Capabilities, Prefill, TeacherConfig
 from blackbox_kd.teachers.budget import Budget, BudgetConfig
 from blackbox_kd.teachers.engine import Engine

@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import AsyncExitStack, aclosing
 from itertools import islice
 
-from blackbox_kd.config import SampleConfig
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.errors import BudgetExhausted
 from blackbox_kd.progress import say
+from blackbox_kd.sections import SampleConfig
 from blackbox_kd.teachers.base import TeacherConfig
 from blackbox_kd.teachers.batch.collect import Collector
 from blackbox_kd.teachers.batch.ledger import Batch, Ledger
