@@ -81,10 +81,10 @@ bench-true-kl: setup
 bench-pipeline: setup
 	$(BIN)/python benchmarks/pipeline.py --json > benchmarks/results/pipeline.json
 
-# at equal teacher spend: one seed, the smallest spend, every arm that it pays for
+# at equal teacher spend: one seed, the smallest spend, every arm that it pays for, on a third of the held-out prompts
 study-small: setup
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/equal_spend.py --seeds 1 --spend 8000 --jobs 2 --out runs/study_small \
-		--rows runs/study_small/rows.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/equal_spend.py --seeds 1 --spend 8000 --held 16 --jobs 2 \
+		--out runs/study_small --rows runs/study_small/rows.jsonl
 
 # all of it, resumable: many hours; what is done is in benchmarks/results/equal_spend_rows.jsonl
 study: setup

@@ -51,7 +51,8 @@ ANSWER_TOKENS = 335
 ROUNDS = 2
 DEV = 32
 """Train prompts that are kept aside for tuning."""
-HELD = {"heldout": 48, "ood": 24, "holdback": 24}
+HELD = {"heldout": 1.0, "ood": 0.5, "holdback": 0.5}
+"""Prompts of each evaluation split, as a part of `--held`."""
 RESULTS = Path(__file__).parent / "results"
 
 Settings = dict[str, Any]
@@ -129,6 +130,8 @@ class Run(NamedTuple):
     """Of the arm's."""
     settings: Settings
     """Those of the trials that are taken."""
+    held: int
+    """See the flag."""
     out: Path
     device: str
     threads: int
@@ -152,7 +155,8 @@ class Run(NamedTuple):
             "run_dir": str(self.out / self.name),
             "corpus": str(self.out / "corpus.duckdb"),
             "prompts.path": str(prompts_of(self.seed, self.out)),
-            "prompts.limits": HELD | {"train": size.answers + fresh},
+            "prompts.limits": {split: int(part * self.held) for split, part in HELD.items()}
+            | {"train": size.answers + fresh},
             "teacher.threads": self.threads,
             "sample.max_prompts": size.answers,
             "student.dtype": "float32",
@@ -338,12 +342,15 @@ def work(runs: Iterable[Run], flags: argparse.Namespace) -> None:
 
 def told(run: Run) -> dict[str, Any]:
     """What a row says of its run."""
-    return {name: getattr(run, name) for name in ("arm", "spend", "seed", "trial", "settings")}
+    return {name: getattr(run, name) for name in ("arm", "spend", "seed", "trial", "settings", "held")}
 
 
 def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Which run it is; with other settings, its own or those of the sft that it starts from, it is another one."""
-    return row["arm"], row["spend"], row["seed"], json.dumps(row["settings"], sort_keys=True)
+    """Which run it is; with other settings, its own or those of the sft that it starts from, it is another one.
+
+    Likewise on other held-out prompts.
+    """
+    return row["arm"], row["spend"], row["seed"], row["held"], json.dumps(row["settings"], sort_keys=True)
 
 
 def found(rows: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
@@ -381,7 +388,7 @@ def run_of(
 ) -> Run:
     """An on-policy arm learns its answers as the arm `sft:soft` does."""
     shared = tuned.get("sft:soft", {}).get("settings", {}) if ARMS[arm].algorithm else {}
-    return Run(arm, spend, seed, n, shared | trial, flags.out, flags.device, flags.threads)
+    return Run(arm, spend, seed, n, shared | trial, flags.held, flags.out, flags.device, flags.threads)
 
 
 def study(flags: argparse.Namespace) -> list[dict[str, Any]]:
@@ -406,6 +413,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--spend", type=int, nargs="+", default=SPENDS, help="teacher tokens of a run")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--held", type=int, default=48, help="held-out prompts; half as many ood and hold-back ones")
     parser.add_argument("--tune", action="store_true", help=f"choose the settings of the arms anew, into {TUNED.name}")
     parser.add_argument("--out", type=Path, default=Path("runs/equal_spend"), help="corpus and finished runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")

@@ -31,7 +31,7 @@ from blackbox_kd.settings import Config
 
 def row(arm: str, seed: int, kl: list[float], spend: int = 8000) -> dict[str, Any]:
     held = dict.fromkeys(tables.KL, kl) | {"tokens": [2.0] * len(kl), "chrf": [50.0] * len(kl)}
-    return {"arm": arm, "seed": seed, "spend": spend, "trial": 0, "settings": {}, "teacher_tokens": spend,
+    return {"arm": arm, "seed": seed, "spend": spend, "trial": 0, "settings": {}, "held": 48, "teacher_tokens": spend,
             "prompts": {"heldout": held}}  # fmt: skip
 
 
@@ -50,10 +50,11 @@ def test_an_arm_whose_prompt_costs_more_than_its_share_has_none() -> None:
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_is_a_config(arm: str, tmp_path: Path) -> None:
-    run = Run(arm, 72_000, 1, 0, {"share": 0.5} if ARMS[arm].cost else {}, tmp_path, "cpu", 1)
+    run = Run(arm, 72_000, 1, 0, {"share": 0.5} if ARMS[arm].cost else {}, 48, tmp_path, "cpu", 1)
     config = load_config(Config, "quickstart", run.overrides())
     assert config.onpolicy.algorithm.name == (ARMS[arm].algorithm or "relabel").split(":")[0]
     assert config.sample.max_prompts == run.sizes.answers
+    assert (config.prompts.limits["heldout"], config.prompts.limits["ood"]) == (48, 24)
 
 
 def test_the_trials_that_are_taken_are_those_that_were_best() -> None:
@@ -91,14 +92,16 @@ def test_rows_are_read_back_as_they_were_written(tmp_path: Path) -> None:
 
 
 def test_a_run_on_another_sft_is_another_run(tmp_path: Path) -> None:
-    run = Run("relabel", 8000, 1, 0, {"share": 0.5, "sft.dev_fraction": 0}, tmp_path, "cpu", 1)
+    run = Run("relabel", 8000, 1, 0, {"share": 0.5, "sft.dev_fraction": 0}, 48, tmp_path, "cpu", 1)
     again = run._replace(settings={"sft.dev_fraction": 0, "share": 0.5})
     assert key_of(json.loads(json.dumps(told(run)))) == key_of(told(again))
     assert key_of(told(run)) != key_of(told(run._replace(settings={"share": 0.5})))
+    assert key_of(told(run)) != key_of(told(run._replace(held=16)))
 
 
 def test_a_run_that_failed_and_was_made_again_counts_once(tmp_path: Path) -> None:
-    flags = argparse.Namespace(arms=["sft"], seeds=[1], spend=[8000], out=tmp_path, device="cpu", threads=1, jobs=1)
+    flags = argparse.Namespace(arms=["sft"], seeds=[1], spend=[8000], held=48, out=tmp_path, device="cpu")
+    flags.threads, flags.jobs = 1, 1
     flags.rows = tmp_path / "rows.jsonl"
     tuned = json.loads(TUNED.read_text())["sft"]
     which = told(run_of("sft", 8000, 1, tuned["trial"], tuned["settings"], {}, flags))
