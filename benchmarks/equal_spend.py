@@ -90,9 +90,9 @@ ARMS = {
     "relabel:afresh": Arm("relabel:afresh", 168, step=2),
     "prefix": Arm("prefix", 330),
     "preference:snapshot": Arm("preference:snapshot", trials=FREE),
-    "preference:fresh": Arm("preference:fresh", 335),
-    "reward:best_of_n": Arm("reward:best_of_n", 1500),
-    "reward:pg": Arm("reward:pg", 1500),
+    "preference:fresh": Arm("preference:fresh", trials=FREE),
+    "reward:best_of_n": Arm("reward:best_of_n", 320),
+    "reward:pg": Arm("reward:pg", 320),
     "score:pg": Arm("score:pg", 9_400),
     "score:kl": Arm("score:kl", 9_400),
     "forks": Arm("forks", 1312),
@@ -302,7 +302,7 @@ def run_one(run: Run) -> dict[str, Any] | str:
             wall_s = time.monotonic() - began + saved_s
             bill = used.bill(project)
             teacher_tokens = bill["prompt_tokens"] + bill["completion_tokens"]
-            row = {**told(run), **run.sizes._asdict(), **bill, "teacher_tokens": teacher_tokens, "device": run.device,
+            row = {**told(run), **bill, "teacher_tokens": teacher_tokens, "device": run.device,
                    "wall_s": round(wall_s, 1),
                    "prompts": measured(project, checkpoint, texts=run.seed != TUNING_SEED)}  # fmt: skip
             where = {"checkpoint": run.arm, "step": run.spend, "round": run.seed}
@@ -320,7 +320,7 @@ def missing(runs: Iterable[Run], rows: Path) -> list[Run]:
     for run in runs:
         if not run.sizes.prompts_per_round:
             say(f"{run.name}: left out, one prompt a round costs more than its share of the spend")
-        elif "failed" in done.get(key_of(run._asdict()), {"failed": "never begun"}):
+        elif "failed" in done.get(key_of(told(run)), {"failed": "never begun"}):
             todo.append(run)
     return todo
 
@@ -342,15 +342,17 @@ def work(runs: Iterable[Run], flags: argparse.Namespace) -> None:
 
 def told(run: Run) -> dict[str, Any]:
     """What a row says of its run."""
-    return {name: getattr(run, name) for name in ("arm", "spend", "seed", "trial", "settings", "held")}
+    named = {name: getattr(run, name) for name in ("arm", "spend", "seed", "trial", "settings", "held")}
+    return named | run.sizes._asdict()
 
 
 def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """Which run it is; with other settings, its own or those of the sft that it starts from, it is another one.
 
-    Likewise on other held-out prompts.
+    Likewise with a spend that is divided otherwise, or on other held-out prompts.
     """
-    return row["arm"], row["spend"], row["seed"], row["held"], json.dumps(row["settings"], sort_keys=True)
+    same = ("arm", "spend", "seed", "held", *Sizes._fields)
+    return *(row[name] for name in same), json.dumps(row["settings"], sort_keys=True)
 
 
 def found(rows: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
@@ -376,7 +378,7 @@ def tune(flags: argparse.Namespace) -> None:
         rows = found(flags.rows)
         reached = {key: equal_spend_table.metrics(row)["true_kl"] for key, row in rows.items() if "failed" not in row}
         for arm in dict.fromkeys(run.arm for run in runs):
-            values = [reached.get(key_of(run._asdict())) for run in runs if run.arm == arm]
+            values = [reached.get(key_of(told(run))) for run in runs if run.arm == arm]
             known = [value for value in values if value is not None]
             taken = values.index(min(known)) if known else 0
             best[arm] = {"trial": taken, "settings": ARMS[arm].trials[taken], "dev_true_kl": values}
@@ -404,7 +406,7 @@ def study(flags: argparse.Namespace) -> list[dict[str, Any]]:
     ]
     work(runs, flags)
     rows = found(flags.rows)
-    return [rows[key] for key in map(key_of, map(Run._asdict, runs)) if key in rows]
+    return [rows[key] for key in map(key_of, map(told, runs)) if key in rows]
 
 
 def main() -> None:

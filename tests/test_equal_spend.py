@@ -31,7 +31,8 @@ from blackbox_kd.settings import Config
 
 def row(arm: str, seed: int, kl: list[float], spend: int = 8000) -> dict[str, Any]:
     held = dict.fromkeys(tables.KL, kl) | {"tokens": [2.0] * len(kl), "chrf": [50.0] * len(kl)}
-    return {"arm": arm, "seed": seed, "spend": spend, "trial": 0, "settings": {}, "held": 48, "teacher_tokens": spend,
+    return {"arm": arm, "seed": seed, "spend": spend, "trial": 0, "settings": {}, "held": 48, "answers": 1,
+            "prompts_per_round": 1, "teacher_tokens": spend,
             "prompts": {"heldout": held}}  # fmt: skip
 
 
@@ -97,6 +98,7 @@ def test_a_run_on_another_sft_is_another_run(tmp_path: Path) -> None:
     assert key_of(json.loads(json.dumps(told(run)))) == key_of(told(again))
     assert key_of(told(run)) != key_of(told(run._replace(settings={"share": 0.5})))
     assert key_of(told(run)) != key_of(told(run._replace(held=16)))
+    assert key_of(told(run)) != key_of(told(run) | {"prompts_per_round": 1})
 
 
 def test_a_run_that_failed_and_was_made_again_counts_once(tmp_path: Path) -> None:
