@@ -73,7 +73,7 @@ bench-collect: setup
 bench-losses: setup
 	$(BIN)/python benchmarks/losses.py --json > benchmarks/results/losses.json
 
-# sft with soft and with hard labels against the true KL, three seeds: about half an hour
+# sft with soft and with hard labels against the true KL, three seeds, all held-out prompts: about half an hour
 bench-true-kl: setup
 	$(BIN)/python benchmarks/true_kl.py --arms soft hard --seeds 1 2 3 --json > benchmarks/results/true_kl.json
 

@@ -266,7 +266,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--steps", type=int, nargs="+", default=[12, 24], help="optimiser steps to measure at")
-    parser.add_argument("--heldout", type=int, default=48, help="held-out prompts")
+    parser.add_argument("--heldout", type=int, default=96, help="held-out prompts; there are 96")
     parser.add_argument("--out", type=Path, default=Path("runs/true_kl"), help="corpus and finished runs: resumable")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     flags, extra = parser.parse_known_args()
