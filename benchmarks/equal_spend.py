@@ -98,6 +98,8 @@ ARMS = {
     "forks": Arm("forks", 1312),
     "gad": Arm("gad", trials=FREE),
 }
+SLOWEST = "gad"
+"""It takes as long as several others: first of its table, so that no worker ends with it alone."""
 TUNED = RESULTS / "equal_spend_tuned.json"
 """arm -> the trial that is taken, and what each came to on the dev prompts; made by --tune, then frozen."""
 TUNING_SEED = 0
@@ -326,9 +328,10 @@ def missing(runs: Iterable[Run], rows: Path) -> list[Run]:
 
 
 def work(runs: Iterable[Run], flags: argparse.Namespace) -> None:
-    """What is missing, in order, `--jobs` at a time; each row is written as it comes."""
+    """What is missing, table by table, `--jobs` at a time; each row is written as it comes."""
+    todo = sorted(missing(runs, flags.rows), key=lambda run: (run.seed, run.spend, run.arm != SLOWEST))
     with ProcessPoolExecutor(flags.jobs, mp_context=get_context("spawn")) as pool:
-        asked = {pool.submit(run_one, run): run for run in missing(runs, flags.rows)}
+        asked = {pool.submit(run_one, run): run for run in todo}
         for future in as_completed(asked):
             run, row = asked[future], future.result()
             if isinstance(row, str):
