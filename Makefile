@@ -82,7 +82,7 @@ bench-pipeline: setup
 	$(BIN)/python benchmarks/pipeline.py --json > benchmarks/results/pipeline.json
 
 # at equal teacher spend: one seed, the smallest spend, a third of the held-out prompts; without gad, which takes as
-# long as all the others
+# long as five others
 study-small: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/equal_spend.py --seeds 1 --spend 8000 --held 16 --jobs 2 \
 		--out runs/study_small --rows runs/study_small/rows.jsonl \
