@@ -318,11 +318,12 @@ def run_one(run: Run) -> dict[str, Any] | str:
 
 def missing(runs: Iterable[Run], rows: Path) -> list[Run]:
     """Those that have no row yet, or failed."""
-    done, todo = found(rows), []
+    done = {key for key, row in found(rows).items() if "failed" not in row}
+    todo = []
     for run in runs:
         if not run.sizes.prompts_per_round:
             say(f"{run.name}: left out, one prompt a round costs more than its share of the spend")
-        elif "failed" in done.get(key_of(told(run)), {"failed": "never begun"}):
+        elif key_of(told(run)) not in done:
             todo.append(run)
     return todo
 

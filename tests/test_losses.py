@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blackbox_kd.errors import AlignmentError
-from blackbox_kd.losses import cross_entropy, token_logprobs
+from blackbox_kd.losses import cross_entropy, kept_topk, token_logprobs
 
 
 def test_cross_entropy_of_worked_numbers() -> None:
@@ -122,6 +122,18 @@ def test_bfloat16_logits_are_computed_in_float32() -> None:
     torch.testing.assert_close(logprobs_BTK, dense(logits_BTV.float(), ids_BTK))
     (gradient,) = torch.autograd.grad(logprobs_BTK.sum(), logits_BTV)
     assert gradient.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("vocabulary", [7, 50_000])  # in one chunk, and in several
+def test_the_likeliest_tokens_of_the_kept_rows(vocabulary: int) -> None:
+    logits_BTV = torch.randn(3, 6, vocabulary, generator=torch.Generator().manual_seed(0))
+    kept_BT = torch.arange(18).reshape(3, 6) % 5 != 0
+    expected = logits_BTV[kept_BT].topk(4).indices
+    assert torch.equal(kept_topk(logits_BTV, kept_BT, 4), expected)
+    assert torch.equal(kept_topk(logits_BTV.transpose(0, 1).contiguous().transpose(0, 1), kept_BT, 4), expected)
+    assert kept_topk(logits_BTV, kept_BT, 0).shape == (len(expected), 0)
+    assert kept_topk(logits_BTV, torch.zeros_like(kept_BT), 4).shape == (0, 4)
+    assert kept_topk(logits_BTV, kept_BT, 10**6).shape == (len(expected), vocabulary)
 
 
 def test_gradcheck_of_token_logprobs() -> None:
