@@ -11,8 +11,9 @@ a round can be paid for, an arm is left out.
   rows     arm, seed, spend (the target), teacher_tokens (what it came to), metrics on the same held-out answers
   minus    each arm minus `sft` in true forward KL by spend, with a bootstrap interval over seeds and prompts
   wins     share of the spends where that interval lies wholly below zero
+  kept     share of the seeds whose student passes the quickstart's gate on hold-back tasks
 Runs are resumable one by one: a line of `--rows` each. Seed 1 of all arms comes first, so that what is done is a
-whole table. Each run's metrics are in the corpus, too: stage `equal_spend`, checkpoint: arm, step: spend, round: seed.
+whole table. Each row's metrics are in the corpus, too: stage `equal_spend`, checkpoint: arm, step: spend, round: seed.
 """
 
 from __future__ import annotations
@@ -26,24 +27,27 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AsyncExitStack, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import NAMESPACE_OID, uuid5
 
 import algorithms
 import equal_spend_table
 
-from blackbox_kd import onpolicy, sample, sft, yardstick
+from blackbox_kd import evaluate, onpolicy, sample, sft, yardstick
 from blackbox_kd.config import find_file, load_config
+from blackbox_kd.corpus import Corpus
 from blackbox_kd.hashing import content_id
 from blackbox_kd.progress import say
 from blackbox_kd.project import Project
 from blackbox_kd.settings import Config
+from blackbox_kd.tasks import Tasks
 from blackbox_kd.teachers.teacher import Teacher
-from blackbox_kd.types import Completion, Request, SamplingParams, Split
+from blackbox_kd.types import Completion, Request
 
 SPENDS = [8_000, 24_000, 72_000]
 """Teacher tokens: 24, 72 and 216 answers of about 335 (300 of them are the private prompt)."""
@@ -58,8 +62,17 @@ RESULTS = Path(__file__).parent / "results"
 Settings = dict[str, Any]
 """Overrides of the quickstart."""
 
-LOOP: list[Settings] = [{"share": 0.5, "onpolicy.update.learning_rate": rate} for rate in (1e-4, 3e-4)]
-FREE: list[Settings] = [{"onpolicy.update.learning_rate": rate} for rate in (1e-4, 3e-4)]
+SOFTLY = (1e-4, 3e-4)
+"""Learning rates where the teacher's distribution is learnt, or a reward."""
+TEXTS = (3e-5, 1e-4)
+"""Where one text a prompt is: at 3e-4 each of these arms went away from the teacher."""
+
+
+def loop(rates: Iterable[float], **more: Any) -> list[Settings]:
+    """Trials of an on-policy arm."""
+    return [{**more, "onpolicy.update.learning_rate": rate} for rate in rates]
+
+
 COPY: list[Settings] = [
     {"sft.trainer.learning_rate": 3e-4},
     {"sft.trainer.learning_rate": 1e-3},
@@ -75,7 +88,7 @@ class Arm(NamedTuple):
     """Of benchmarks/algorithms.py; None: no loop."""
     cost: float = 0.0
     """Teacher tokens of the loop for each of its prompts, as it was measured; 0: it asks nothing."""
-    trials: list[Settings] = LOOP
+    trials: list[Settings] = loop(SOFTLY, share=0.5)
     """Tried at the smallest spend on the dev prompts; `share` is the loop's of the spend."""
     settings: Settings = {}
     step: int = 1
@@ -85,18 +98,18 @@ class Arm(NamedTuple):
 ARMS = {
     "sft": Arm(trials=COPY, settings={"sft.soft_labels": False}),
     "sft:soft": Arm(trials=COPY),
-    "relabel": Arm("relabel", 432),
-    "relabel:worst": Arm("relabel:worst", 216, step=2),
+    "relabel": Arm("relabel", 432, loop(TEXTS, share=0.5)),
+    "relabel:worst": Arm("relabel:worst", 216, loop(TEXTS, share=0.5), step=2),
     "relabel:afresh": Arm("relabel:afresh", 168, step=2),
     "prefix": Arm("prefix", 330),
-    "preference:snapshot": Arm("preference:snapshot", trials=FREE),
-    "preference:fresh": Arm("preference:fresh", trials=FREE),
-    "reward:best_of_n": Arm("reward:best_of_n", 320),
-    "reward:pg": Arm("reward:pg", 320),
+    "preference:snapshot": Arm("preference:snapshot", trials=loop(TEXTS)),
+    "preference:fresh": Arm("preference:fresh", trials=loop(TEXTS)),
+    "reward:best_of_n": Arm("reward:best_of_n", 300, loop(TEXTS, share=0.5)),
+    "reward:pg": Arm("reward:pg", 300),
     "score:pg": Arm("score:pg", 9_400),
     "score:kl": Arm("score:kl", 9_400),
     "forks": Arm("forks", 1312),
-    "gad": Arm("gad", trials=FREE),
+    "gad": Arm("gad", trials=loop(SOFTLY)),
 }
 SLOWEST = "gad"
 """It takes as long as several others: first of its table, so that no worker ends with it alone."""
@@ -258,35 +271,35 @@ async def shared_sft(project: Project, pool: Path) -> float:
 
 
 def measured(project: Project, checkpoint: Path, *, texts: bool) -> dict[str, Any]:
-    """Of each prompt: sums over the tokens of the teacher's held-out answer; `texts`: chrF of greedy answers, too."""
+    """Of each held-out prompt: sums over the tokens of the teacher's answer; of each hold-back question: base less own.
+
+    `texts`: chrF of greedy answers, too.
+    """
     from true_kl import Truth
 
-    from blackbox_kd.evaluate import HOLDBACK, chrf
-    from blackbox_kd.rollout import Writer
     from blackbox_kd.student.student import Student
 
     config = project.config
     student = Student(config.student, adapter=checkpoint)
     truth = Truth(project, student, config.evaluate.top_logprobs or 20)
-    sums: dict[str, Any] = {"heldout": truth.measure(student)}
+    greedy = evaluate.writer(project, student, checkpoint.name, temperature=0.0)
+    own, tasks = truth.measure(student), Tasks(config.evaluate)
+    with student.under(None):
+        base = tasks.scores(greedy)
+    drops = {
+        f"task_{name}_drop": [b - o for b, o in zip(base[name], scores, strict=True)]
+        for name, scores in tasks.scores(greedy).items()
+    }
+    sums: dict[str, Any] = {"heldout": own, evaluate.HOLDBACK: drops}
     if not texts:
         return sums
-    fixed = yardstick.captured(project).answers
+    fixed, held = yardstick.captured(project).answers, project.prompts[evaluate.HOLDBACK]
     targets = {answer.prompt.prompt_id: answer.greedy.text.strip() for answer in fixed}
-    held = project.prompts[HOLDBACK]
-
-    def written(prompts: list[Any]) -> list[tuple[Any, Completion]]:
-        return Writer(
-            student=student, sampling=SamplingParams(temperature=0.0, max_completion_length=40), purpose="evaluate",
-            round=0, seed=0, batch_size=config.evaluate.batch_size, corpus=project.corpus, run_id=project.run_id,
-        ).answers(prompts)  # fmt: skip
-
     with student.under(None):
-        targets |= {prompt.prompt_id: answer.text.strip() for prompt, answer in written(held)}
-    answers = written([answer.prompt for answer in fixed] + held)
-    splits: tuple[Split, ...] = ("heldout", "ood", HOLDBACK)
-    for split in splits:
-        scores = [chrf(c.text.strip(), targets[p.prompt_id]) for p, c in answers if p.split == split]
+        targets |= {prompt.prompt_id: answer.text.strip() for prompt, answer in greedy.answers(held)}
+    answers = greedy.answers([answer.prompt for answer in fixed] + held)
+    for split in (*yardstick.FIXED_SPLITS, evaluate.HOLDBACK):
+        scores = [evaluate.chrf(c.text.strip(), targets[p.prompt_id]) for p, c in answers if p.split == split]
         sums.setdefault(split, {})["chrf"] = scores
     return sums
 
@@ -304,13 +317,9 @@ def run_one(run: Run) -> dict[str, Any] | str:
             wall_s = time.monotonic() - began + saved_s
             bill = used.bill(project)
             teacher_tokens = bill["prompt_tokens"] + bill["completion_tokens"]
-            row = {**told(run), **bill, "teacher_tokens": teacher_tokens, "device": run.device,
-                   "wall_s": round(wall_s, 1),
-                   "prompts": measured(project, checkpoint, texts=run.seed != TUNING_SEED)}  # fmt: skip
-            where = {"checkpoint": run.arm, "step": run.spend, "round": run.seed}
-            metrics = equal_spend_table.metrics(row) | {"teacher_tokens": row["teacher_tokens"]}
-            project.log("equal_spend", [{**where, "name": name, "value": value} for name, value in metrics.items()])
-            return row
+            return {**told(run), **bill, "teacher_tokens": teacher_tokens, "device": run.device,
+                    "wall_s": round(wall_s, 1),
+                    "prompts": measured(project, checkpoint, texts=run.seed != TUNING_SEED)}  # fmt: skip
     except Exception as error:  # one run that fails must not end the study
         failed.write_text(traceback.format_exc())
         return f"{type(error).__name__}: {error}"
@@ -369,7 +378,7 @@ def found(rows: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
 
 
 def tune(flags: argparse.Namespace) -> None:
-    """The trial of each arm that comes nearest to the teacher on the dev prompts; sft first, on which others build."""
+    """Choose a trial of each arm, see `taken`; sft first, on which others build."""
     best: dict[str, Any] = json.loads(TUNED.read_text()) if TUNED.exists() else {}
     for arms in (["sft", "sft:soft"], [arm for arm in ARMS if ARMS[arm].algorithm]):
         runs = [
@@ -379,14 +388,30 @@ def tune(flags: argparse.Namespace) -> None:
             for n, trial in enumerate(ARMS[arm].trials)
         ]
         work(runs, flags)
-        rows = found(flags.rows)
-        reached = {key: equal_spend_table.metrics(row)["true_kl"] for key, row in rows.items() if "failed" not in row}
+        reached = {k: equal_spend_table.metrics(r) for k, r in found(flags.rows).items() if "failed" not in r}
         for arm in dict.fromkeys(run.arm for run in runs):
             values = [reached.get(key_of(told(run))) for run in runs if run.arm == arm]
-            known = [value for value in values if value is not None]
-            taken = values.index(min(known)) if known else 0
-            best[arm] = {"trial": taken, "settings": ARMS[arm].trials[taken], "dev_true_kl": values}
+            n = taken(values, limits())
+            tried = {name: [v and v[name] for v in values] for name in ("true_kl", *limits())}
+            best[arm] = {"trial": n, "settings": ARMS[arm].trials[n], "dev": tried}
         TUNED.write_text(json.dumps({arm: best[arm] for arm in ARMS if arm in best}, indent=1) + "\n")
+
+
+def limits() -> dict[str, float]:
+    """How much each hold-back task may lose: the quickstart's gate, by the metric that it looks at."""
+    return {f"task_{name}_drop": limit for name, limit in load_config(Config, "quickstart").evaluate.gate.items()}
+
+
+def taken(values: Sequence[Mapping[str, float] | None], limits: Mapping[str, float]) -> int:
+    """Of the trials that pass the gate on hold-back tasks the nearest to the teacher; if none does, the least lost."""
+
+    def order(n: int) -> tuple[float, float]:
+        value = values[n]
+        if value is None:
+            return float("inf"), 0.0
+        return max(0.0, equal_spend_table.over(value, limits)), value["true_kl"]
+
+    return min(range(len(values)), key=order)
 
 
 def run_of(
@@ -410,7 +435,22 @@ def study(flags: argparse.Namespace) -> list[dict[str, Any]]:
     ]
     work(runs, flags)
     rows = found(flags.rows)
-    return [rows[key] for key in map(key_of, map(told, runs)) if key in rows]
+    mine = [rows[key] for key in map(key_of, map(told, runs)) if key in rows]
+    keep(mine, flags.out / "corpus.duckdb")
+    return mine
+
+
+def keep(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """As metrics of a corpus, also where they were made on another machine."""
+    metrics = [
+        {"run_id": str(uuid5(NAMESPACE_OID, repr(key_of(row)))), "stage": "equal_spend", "checkpoint": row["arm"],
+         "step": row["spend"], "round": row["seed"], "split": "heldout", "set_id": "", "lo": None, "hi": None,
+         "name": name, "value": value}
+        for row in rows
+        if "failed" not in row
+        for name, value in (*equal_spend_table.metrics(row).items(), ("teacher_tokens", row["teacher_tokens"]))
+    ]  # fmt: skip
+    Corpus(path).log_metrics(metrics)
 
 
 def main() -> None:
@@ -435,7 +475,7 @@ def main() -> None:
     if flags.tune:
         tune(flags)
         return
-    result = equal_spend_table.summary(study(flags))
+    result = equal_spend_table.summary(study(flags), limits())
     if flags.plot:
         equal_spend_table.plot(result, flags.plot)
     print(json.dumps(result, indent=1) if flags.json else equal_spend_table.table(result))

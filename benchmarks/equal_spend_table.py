@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from paired import minus
+
+from blackbox_kd.tasks import SLACK
 
 BASELINES = ("sft", "sft:soft")
 KL = ("true_kl", "true_reverse_kl", "tail_kl", "teacher_nll")
@@ -29,16 +31,29 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
+def mean(values: Sequence[float]) -> float:
+    """Of at least one."""
+    return sum(values) / len(values)
+
+
+def over(values: Mapping[str, float], limits: Mapping[str, float]) -> float:
+    """By how much the task that lost most lost more than its gate allows; 0 or less where all pass."""
+    return max(values[name] - limit - SLACK for name, limit in limits.items())
+
+
 def metrics(row: dict[str, Any]) -> dict[str, float]:
     """Means of one run."""
     held = row["prompts"]["heldout"]
     found = {name: sum(held[name]) / sum(held["tokens"]) for name in KL}
-    chrf = {split: values["chrf"] for split, values in row["prompts"].items() if "chrf" in values}  # not of a trial
-    return found | {f"chrf_{split}": sum(values) / len(values) for split, values in chrf.items()}
+    for split, values in row["prompts"].items():
+        if "chrf" in values:  # not of a trial
+            found[f"chrf_{split}"] = mean(values["chrf"])
+        found |= {name: mean(drops) for name, drops in values.items() if name.startswith("task_")}
+    return found
 
 
-def summary(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The JSON object; an arm is compared on the seeds that it shares with the baseline."""
+def summary(rows: Iterable[dict[str, Any]], limits: Mapping[str, float]) -> dict[str, Any]:
+    """The JSON object; an arm is compared on the seeds that it shares with the baseline. `limits`: see `over`."""
     every = list(rows)
     found = [row for row in every if "failed" not in row]
     runs = {(row["arm"], row["spend"], row["seed"]): row["prompts"]["heldout"] for row in found}
@@ -53,31 +68,56 @@ def summary(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
                     value = minus(ours, theirs, runs[arm, spend, seeds[0]]["tokens"])
                     compared.setdefault(f"minus_{base}", {}).setdefault(arm, {})[str(spend)] = value
     against = compared.get("minus_sft", {})
+    told = [{k: v for k, v in row.items() if k != "prompts"} | {"metrics": metrics(row)} for row in found]
+    kept: dict[str, list[bool]] = {}
+    for row in told:
+        kept.setdefault(row["arm"], []).append(over(row["metrics"], limits) <= 0)
     return {
-        "rows": [{k: v for k, v in row.items() if k != "prompts"} | {"metrics": metrics(row)} for row in found],
+        "rows": told,
         "failed": [row for row in every if "failed" in row],
         **compared,
         "wins": {arm: sum(hi < 0 for _, _, hi in by.values()) / len(spends) for arm, by in against.items()},
+        "limits": dict(limits),
+        "kept": {arm: mean(passed) for arm, passed in kept.items()},
     }
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown: an arm a line, a spend a column: mean true forward KL, and the interval of arm minus sft."""
+    """Markdown: an arm a line, a spend a column: mean true forward KL, and the interval of arm minus sft.
+
+    Then what was lost on each hold-back task: the mean over seeds, and how many of them pass the gate.
+    """
     spends = sorted({row["spend"] for row in found["rows"]})
-    lines = ["| arm |" + "".join(f" {spend:,} tokens |" for spend in spends), "|---" * (len(spends) + 1) + "|"]
-    for arm in dict.fromkeys(row["arm"] for row in (*found["rows"], *found["failed"])):
-        lines.append(f"| `{arm}` | " + " | ".join(_cell(found, arm, spend) for spend in spends) + " |")
+    arms = list(dict.fromkeys(row["arm"] for row in (*found["rows"], *found["failed"])))
+    columns = [" | ".join(f"{spend:,} tokens" for spend in spends) + " |", "|---" * (len(spends) + 1) + "|"]
+    lines = [f"| arm | {columns[0]}", columns[1]]
+    lines += [f"| `{arm}` | " + " | ".join(_cell(found, arm, spend) for spend in spends) + " |" for arm in arms]
+    for name, limit in found["limits"].items():
+        lines += [
+            "",
+            f"| `{name}`, at most {limit:g} |" + "".join(f" {spend:,} tokens |" for spend in spends),
+            lines[1],
+        ]
+        lines += [f"| `{arm}` | " + " | ".join(_lost(found, name, arm, s) for s in spends) + " |" for arm in arms]
     return "\n".join(lines)
 
 
+def _values(found: dict[str, Any], name: str, arm: str, spend: int) -> list[float]:
+    return [row["metrics"][name] for row in found["rows"] if (row["arm"], row["spend"]) == (arm, spend)]
+
+
 def _cell(found: dict[str, Any], arm: str, spend: int) -> str:
-    values = [row["metrics"]["true_kl"] for row in found["rows"] if (row["arm"], row["spend"]) == (arm, spend)]
-    if not values:
+    if not (values := _values(found, "true_kl", arm, spend)):
         return "-"
     apart = found.get("minus_sft", {}).get(arm, {}).get(str(spend))
-    return f"{sum(values) / len(values):.3f}" + (
-        f" ({apart[0]:+.3f} [{apart[1]:+.3f}, {apart[2]:+.3f}])" if apart else ""
-    )
+    return f"{mean(values):.3f}" + (f" ({apart[0]:+.3f} [{apart[1]:+.3f}, {apart[2]:+.3f}])" if apart else "")
+
+
+def _lost(found: dict[str, Any], name: str, arm: str, spend: int) -> str:
+    if not (values := _values(found, name, arm, spend)):
+        return "-"
+    passed = sum(over({name: value}, {name: found["limits"][name]}) <= 0 for value in values)
+    return f"{mean(values):+.2f} ({passed} of {len(values)})"
 
 
 def plot(found: dict[str, Any], path: Path) -> None:

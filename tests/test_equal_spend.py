@@ -17,23 +17,30 @@ from equal_spend import (
     TUNED,
     Arm,
     Run,
+    keep,
     key_of,
+    limits,
     missing,
     run_of,
     sizes,
     study,
+    taken,
     told,
 )
 
 from blackbox_kd.config import load_config
+from blackbox_kd.corpus import Corpus
 from blackbox_kd.settings import Config
 
+DROP = "task_everyday_drop"
+LIMITS = {DROP: 0.25}
 
-def row(arm: str, seed: int, kl: list[float], spend: int = 8000) -> dict[str, Any]:
+
+def row(arm: str, seed: int, kl: list[float], spend: int = 8000, drop: float = 0.0) -> dict[str, Any]:
     held = dict.fromkeys(tables.KL, kl) | {"tokens": [2.0] * len(kl), "chrf": [50.0] * len(kl)}
     return {"arm": arm, "seed": seed, "spend": spend, "trial": 0, "settings": {}, "held": 48, "answers": 1,
             "prompts_per_round": 1, "teacher_tokens": spend,
-            "prompts": {"heldout": held}}  # fmt: skip
+            "prompts": {"heldout": held, "holdback": {DROP: [0.0, drop]}}}  # fmt: skip
 
 
 @pytest.mark.parametrize("spend", SPENDS)
@@ -59,17 +66,31 @@ def test_every_arm_is_a_config(arm: str, tmp_path: Path) -> None:
 
 
 def test_the_trials_that_are_taken_are_those_that_were_best() -> None:
+    assert limits() == LIMITS
     for arm, found in json.loads(TUNED.read_text()).items():
-        values = [value for value in found["dev_true_kl"] if value is not None]
-        assert not values or found["dev_true_kl"][found["trial"]] == min(values), arm
+        values = [{"true_kl": kl, DROP: lost} for kl, lost in zip(*found["dev"].values(), strict=True)]
+        assert found["trial"] == taken([v if v["true_kl"] is not None else None for v in values], LIMITS), arm
         assert found["settings"] == ARMS[arm].trials[found["trial"]]
+
+
+@pytest.mark.parametrize(
+    ("values", "best"),
+    [
+        ([(0.2, 0.0), (0.1, 0.25)], 1),  # exactly the limit passes
+        ([(0.2, 0.0), (0.1, 0.5)], 0),  # the nearest to the teacher has lost too much
+        ([(0.1, 0.6), (0.2, 0.5)], 1),  # none passes
+        ([None, (0.2, 0.9)], 1),
+    ],
+)
+def test_the_gate_on_hold_back_tasks_is_part_of_the_choice(values: list[tuple[float, float] | None], best: int) -> None:
+    assert taken([v and {"true_kl": v[0], DROP: v[1]} for v in values], LIMITS) == best
 
 
 def test_a_win_is_an_interval_below_zero_on_the_seeds_that_both_have() -> None:
     better, worse = [[0.1, 0.2, 0.1], [0.9, 1.0, 0.8]]
     rows = [row("sft", s, worse) for s in (1, 2)] + [row("relabel", s, better) for s in (1, 2, 3)]
     rows += [row("gad", 1, worse), {"arm": "forks", "seed": 1, "spend": 8000, "trial": 0, "failed": "TeacherError: x"}]
-    found = tables.summary(rows)
+    found = tables.summary(rows, LIMITS)
     value, lo, hi = found["minus_sft"]["relabel"]["8000"]
     assert value == pytest.approx((0.4 - 2.7) / 6)  # sums over three prompts of two tokens each
     assert lo <= value <= hi < 0
@@ -80,8 +101,22 @@ def test_a_win_is_an_interval_below_zero_on_the_seeds_that_both_have() -> None:
 
 def test_the_table_has_every_arm_also_where_it_failed() -> None:
     rows = [row("sft", 1, [1.0]), {"arm": "forks", "seed": 1, "spend": 8000, "trial": 0, "failed": "TeacherError: x"}]
-    lines = tables.table(tables.summary(rows)).splitlines()
-    assert lines[2:] == ["| `sft` | 0.500 |", "| `forks` | - |"]
+    lines = tables.table(tables.summary(rows, LIMITS)).splitlines()
+    assert lines[2:4] == ["| `sft` | 0.500 |", "| `forks` | - |"]
+
+
+def test_the_table_says_what_was_lost_and_how_many_seeds_passed() -> None:
+    rows = [row("sft", s, [1.0], drop=lost) for s, lost in ((1, 1.0), (2, 0.0), (3, 0.5))]  # 0.5, 0 and 0.25 a question
+    found = tables.summary(rows, LIMITS)
+    assert found["kept"] == {"sft": pytest.approx(2 / 3)}
+    assert tables.table(found).splitlines()[-1] == "| `sft` | +0.25 (2 of 3) |"
+
+
+def test_what_was_measured_is_a_query_away(tmp_path: Path) -> None:
+    keep([row("sft", 1, [1.0], drop=0.5)], path := tmp_path / "corpus.duckdb")
+    keep([row("sft", 1, [1.0], drop=0.5)], path)  # twice is once
+    sql = f"SELECT checkpoint, step, round, value FROM metrics WHERE stage = 'equal_spend' AND name = '{DROP}'"
+    assert Corpus(path).rows(sql, []) == [("sft", 8000, 1, 0.25)]
 
 
 def test_rows_are_read_back_as_they_were_written(tmp_path: Path) -> None:
@@ -119,5 +154,5 @@ def test_a_run_that_failed_and_was_made_again_counts_once(tmp_path: Path) -> Non
 
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     rows = [row(arm, s, [kl], spend) for arm, kl in (("sft", 1.0), ("gad", 0.5)) for s in (1, 2) for spend in SPENDS]
-    tables.plot(tables.summary(rows), tmp_path / "plot.svg")
+    tables.plot(tables.summary(rows, LIMITS), tmp_path / "plot.svg")
     assert "<svg" in (tmp_path / "plot.svg").read_text()
