@@ -53,6 +53,8 @@ SPENDS = [8_000, 24_000, 72_000]
 """Teacher tokens: 24, 72 and 216 answers of about 335 (300 of them are the private prompt)."""
 ANSWER_TOKENS = 335
 ROUNDS = 2
+STEPS = 6
+"""Of a round at the smallest spend; with more prompts in proportion, so that each is learnt as often."""
 DEV = 32
 """Train prompts that are kept aside for tuning."""
 HELD = {"heldout": 1.0, "ood": 0.5, "holdback": 0.5}
@@ -104,15 +106,15 @@ ARMS = {
     "prefix": Arm("prefix", 330),
     "preference:snapshot": Arm("preference:snapshot", trials=loop(TEXTS)),
     "preference:fresh": Arm("preference:fresh", trials=loop(TEXTS)),
-    "reward:best_of_n": Arm("reward:best_of_n", 300, loop(TEXTS, share=0.5)),
-    "reward:pg": Arm("reward:pg", 300),
-    "score:pg": Arm("score:pg", 9_400),
-    "score:kl": Arm("score:kl", 9_400),
+    "reward:best_of_n": Arm("reward:best_of_n", 340, loop(TEXTS, share=0.5)),
+    "reward:pg": Arm("reward:pg", 340),
+    "score:pg": Arm("score:pg", 4_700),
+    "score:kl": Arm("score:kl", 4_700),
     "forks": Arm("forks", 1312),
     "gad": Arm("gad", trials=loop(SOFTLY)),
 }
-SLOWEST = "gad"
-"""It takes as long as several others: first of its table, so that no worker ends with it alone."""
+SLOWEST = ("gad", "preference:fresh", "preference:snapshot")
+"""They take as long as several others: first of their table, so that no worker ends with one of them alone."""
 TUNED = RESULTS / "equal_spend_tuned.json"
 """arm -> the trial that is taken, and what each came to on the dev prompts; made by --tune, then frozen."""
 TUNING_SEED = 0
@@ -126,15 +128,25 @@ class Sizes(NamedTuple):
     """How a spend is divided."""
 
     answers: int
+    """For sft."""
     prompts_per_round: int
+    steps: int
+    """Of the optimiser in each round."""
 
 
 def sizes(arm: Arm, spend: int, share: float) -> Sizes:
-    """Answers for sft, and prompts of each round."""
-    in_loop = int(spend * share / arm.cost / ROUNDS / arm.step) * arm.step if arm.cost else 0
+    """An arm that asks nothing in its loop has the whole spend for its sft, and rounds of one size."""
+    prompts = paid_prompts(arm, spend, share)
     unit = max(1, spend // 18_000)  # so that arms of one share have one sft
-    answers = round((spend - in_loop * ROUNDS * arm.cost) / ANSWER_TOKENS / unit) * unit
-    return Sizes(answers, in_loop if arm.cost else min(16, answers))
+    answers = round((spend - prompts * ROUNDS * arm.cost) / ANSWER_TOKENS / unit) * unit
+    if not arm.cost:
+        return Sizes(answers, min(16, answers), STEPS)
+    return Sizes(answers, prompts, round(STEPS * prompts / max(1, paid_prompts(arm, SPENDS[0], share))))
+
+
+def paid_prompts(arm: Arm, spend: int, share: float) -> int:
+    """Of each round."""
+    return int(spend * share / arm.cost / ROUNDS / arm.step) * arm.step if arm.cost else 0
 
 
 class Run(NamedTuple):
@@ -185,7 +197,7 @@ class Run(NamedTuple):
                 "onpolicy.algorithm": algorithms.VARIANTS[arm.algorithm],
                 "onpolicy.rounds": ROUNDS,
                 "onpolicy.prompts_per_round": size.prompts_per_round,
-                "onpolicy.update.max_steps": max(6, size.prompts_per_round // 4),
+                "onpolicy.update.max_steps": size.steps,
             }
             if arm.algorithm.startswith("reward"):
                 flags["judge"] = {"same_as": "teacher"}
@@ -341,7 +353,7 @@ def missing(runs: Iterable[Run], rows: Path) -> list[Run]:
 
 def work(runs: Iterable[Run], flags: argparse.Namespace) -> None:
     """What is missing, table by table, `--jobs` at a time; each row is written as it comes."""
-    todo = sorted(missing(runs, flags.rows), key=lambda run: (run.seed, run.spend, run.arm != SLOWEST))
+    todo = sorted(missing(runs, flags.rows), key=lambda run: (run.seed, run.spend, run.arm not in SLOWEST))
     with ProcessPoolExecutor(flags.jobs, mp_context=get_context("spawn")) as pool:
         asked = {pool.submit(run_one, run): run for run in todo}
         for future in as_completed(asked):

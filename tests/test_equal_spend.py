@@ -15,6 +15,7 @@ from equal_spend import (
     MARGIN,
     ROUNDS,
     SPENDS,
+    STEPS,
     TUNED,
     Arm,
     Run,
@@ -40,7 +41,7 @@ LIMITS = {DROP: 0.25}
 def row(arm: str, seed: int, kl: list[float], spend: int = 8000, drop: float = 0.0) -> dict[str, Any]:
     held = dict.fromkeys(tables.KL, kl) | {"tokens": [2.0] * len(kl), "chrf": [50.0] * len(kl)}
     return {"arm": arm, "seed": seed, "spend": spend, "trial": 0, "settings": {}, "held": 48, "answers": 1,
-            "prompts_per_round": 1, "teacher_tokens": spend,
+            "prompts_per_round": 1, "steps": 6, "teacher_tokens": spend,
             "prompts": {"heldout": held, "holdback": {DROP: [0.0, drop]}}}  # fmt: skip
 
 
@@ -48,9 +49,18 @@ def row(arm: str, seed: int, kl: list[float], spend: int = 8000, drop: float = 0
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_spends_what_it_is_given(arm: str, spend: int) -> None:
     share = 0.5 if ARMS[arm].cost else 0.0
-    answers, prompts = sizes(ARMS[arm], spend, share)
-    spent = answers * ANSWER_TOKENS + (ROUNDS * prompts * ARMS[arm].cost if prompts else 0)
+    answers, prompts, _ = sizes(ARMS[arm], spend, share)
+    spent = answers * ANSWER_TOKENS + ROUNDS * prompts * ARMS[arm].cost
     assert abs(spent - spend) <= max(ANSWER_TOKENS, 0.02 * spend)
+
+
+@pytest.mark.parametrize("arm", [name for name, arm in ARMS.items() if arm.cost])
+def test_what_the_loop_is_told_is_learnt_as_often_at_every_spend(arm: str) -> None:
+    least = next(size for spend in SPENDS if (size := sizes(ARMS[arm], spend, 0.5)).prompts_per_round)
+    assert least.steps == STEPS
+    for spend in SPENDS:
+        size = sizes(ARMS[arm], spend, 0.5)
+        assert size.steps * least.prompts_per_round == pytest.approx(STEPS * size.prompts_per_round, abs=5)
 
 
 def test_an_arm_whose_prompt_costs_more_than_its_share_has_none() -> None:
