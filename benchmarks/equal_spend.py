@@ -11,6 +11,7 @@ a round can be paid for, an arm is left out.
   rows     arm, seed, spend (the target), teacher_tokens (what it came to), metrics on the same held-out answers
   minus    each arm minus `sft` in true forward KL by spend, with a bootstrap interval over seeds and prompts
   wins     share of the spends where that interval lies wholly below zero
+  usd      of a row, at the README's price, what the endpoint read from its cache at the price of that
   kept     share of the seeds whose student passes the quickstart's gate on hold-back tasks
 Runs are resumable one by one: a line of `--rows` each. Seed 1 of all arms comes first, so that what is done is a
 whole table. Each row's metrics are in the corpus, too: stage `equal_spend`, checkpoint: arm, step: spend, round: seed.
@@ -245,12 +246,13 @@ class Used:
         """Calls and tokens of all attempts for them, whoever made them."""
         keys = self.path.read_text().split() if self.path.exists() else []
         (row,) = project.corpus.rows(
-            """SELECT count(*), coalesce(sum(prompt_tokens), 0)::BIGINT, coalesce(sum(completion_tokens), 0)::BIGINT
+            """SELECT count(*), coalesce(sum(prompt_tokens), 0)::BIGINT, coalesce(sum(cached_tokens), 0)::BIGINT,
+                      coalesce(sum(completion_tokens), 0)::BIGINT
                FROM attempts SEMI JOIN (SELECT DISTINCT unnest(?::UUID[]) AS request_key) USING (request_key)
                WHERE billed""",
             [keys],
         )
-        return dict(zip(("calls", "prompt_tokens", "completion_tokens"), row, strict=True))
+        return dict(zip(("calls", "prompt_tokens", "cached_tokens", "completion_tokens"), row, strict=True))
 
 
 async def learn(project: Project, used: Used, has_loop: bool, pool: Path) -> tuple[Path, float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from paired import minus
 
 from blackbox_kd.tasks import SLACK
 
+PRICE = {"input": 0.28, "cached_input": 0.028, "output": 0.42}
+"""Dollars per million tokens: a hosted model's."""
 BASELINES = ("sft", "sft:soft")
 KL = ("true_kl", "true_reverse_kl", "tail_kl", "teacher_nll")
 """Nats per token of the teacher's held-out answers."""
@@ -41,6 +44,15 @@ def over(values: Mapping[str, float], limits: Mapping[str, float]) -> float:
     return max(values[name] - limit - SLACK for name, limit in limits.items())
 
 
+def usd(row: Mapping[str, Any]) -> float | None:
+    """By what the endpoint said of its cache; None where that was not kept."""
+    if "cached_tokens" not in row:
+        return None
+    tokens = {"input": row["prompt_tokens"] - row["cached_tokens"], "cached_input": row["cached_tokens"],
+              "output": row["completion_tokens"]}  # fmt: skip
+    return sum(tokens[kind] * PRICE[kind] for kind in PRICE) / 1e6
+
+
 def metrics(row: dict[str, Any]) -> dict[str, float]:
     """Means of one run."""
     held = row["prompts"]["heldout"]
@@ -68,7 +80,9 @@ def summary(rows: Iterable[dict[str, Any]], limits: Mapping[str, float]) -> dict
                     value = minus(ours, theirs, runs[arm, spend, seeds[0]]["tokens"])
                     compared.setdefault(f"minus_{base}", {}).setdefault(arm, {})[str(spend)] = value
     against = compared.get("minus_sft", {})
-    told = [{k: v for k, v in row.items() if k != "prompts"} | {"metrics": metrics(row)} for row in found]
+    told = [
+        {k: v for k, v in row.items() if k != "prompts"} | {"usd": usd(row), "metrics": metrics(row)} for row in found
+    ]
     kept: dict[str, list[bool]] = {}
     for row in told:
         kept.setdefault(row["arm"], []).append(over(row["metrics"], limits) <= 0)
@@ -85,21 +99,21 @@ def summary(rows: Iterable[dict[str, Any]], limits: Mapping[str, float]) -> dict
 def table(found: dict[str, Any]) -> str:
     """Markdown: an arm a line, a spend a column: mean true forward KL, and the interval of arm minus sft.
 
-    Then what was lost on each hold-back task: the mean over seeds, and how many of them pass the gate.
+    Then what was lost on each hold-back task: the mean over seeds, and how many of them pass the gate; and the price.
     """
     spends = sorted({row["spend"] for row in found["rows"]})
     arms = list(dict.fromkeys(row["arm"] for row in (*found["rows"], *found["failed"])))
-    columns = [" | ".join(f"{spend:,} tokens" for spend in spends) + " |", "|---" * (len(spends) + 1) + "|"]
-    lines = [f"| arm | {columns[0]}", columns[1]]
-    lines += [f"| `{arm}` | " + " | ".join(_cell(found, arm, spend) for spend in spends) + " |" for arm in arms]
+
+    def block(title: str, cell: Callable[[str, int], str]) -> list[str]:
+        head = f"| {title} |" + "".join(f" {spend:,} tokens |" for spend in spends)
+        lines = [f"| `{arm}` | " + " | ".join(cell(arm, spend) for spend in spends) + " |" for arm in arms]
+        return [head, "|---" * (len(spends) + 1) + "|", *lines]
+
+    blocks = [block("arm", partial(_cell, found))]
     for name, limit in found["limits"].items():
-        lines += [
-            "",
-            f"| `{name}`, at most {limit:g} |" + "".join(f" {spend:,} tokens |" for spend in spends),
-            lines[1],
-        ]
-        lines += [f"| `{arm}` | " + " | ".join(_lost(found, name, arm, s) for s in spends) + " |" for arm in arms]
-    return "\n".join(lines)
+        blocks.append(block(f"`{name}`, at most {limit:g}", partial(_lost, found, name)))
+    blocks.append(block("US cents", partial(_cents, found)))
+    return "\n\n".join("\n".join(lines) for lines in blocks)
 
 
 def _values(found: dict[str, Any], name: str, arm: str, spend: int) -> list[float]:
@@ -118,6 +132,11 @@ def _lost(found: dict[str, Any], name: str, arm: str, spend: int) -> str:
         return "-"
     passed = sum(over({name: value}, {name: found["limits"][name]}) <= 0 for value in values)
     return f"{mean(values):+.2f} ({passed} of {len(values)})"
+
+
+def _cents(found: dict[str, Any], arm: str, spend: int) -> str:
+    known = [row["usd"] for row in found["rows"] if (row["arm"], row["spend"]) == (arm, spend) and row["usd"]]
+    return f"{100 * mean(known):.2f}" if known else "-"
 
 
 def plot(found: dict[str, Any], path: Path) -> None:

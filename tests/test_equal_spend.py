@@ -121,7 +121,14 @@ def test_the_table_says_what_was_lost_and_how_many_seeds_passed() -> None:
     rows = [row("sft", s, [1.0], drop=lost) for s, lost in ((1, 1.0), (2, 0.0), (3, 0.5))]  # 0.5, 0 and 0.25 a question
     found = tables.summary(rows, LIMITS)
     assert found["kept"] == {"sft": pytest.approx(2 / 3)}
-    assert tables.table(found).splitlines()[-1] == "| `sft` | +0.25 (2 of 3) |"
+    assert "| `sft` | +0.25 (2 of 3) |" in tables.table(found)
+
+
+def test_what_was_read_from_the_cache_costs_a_tenth() -> None:
+    known = row("sft", 1, [1.0]) | {"prompt_tokens": 1_000_000, "cached_tokens": 500_000, "completion_tokens": 100_000}
+    assert tables.usd(known) == pytest.approx(0.14 + 0.014 + 0.042)
+    found = tables.summary([known, row("sft", 2, [1.0])], LIMITS)  # of the second nobody knows
+    assert tables.table(found).splitlines()[-1] == "| `sft` | 19.60 |"
 
 
 def test_what_was_measured_is_a_query_away(tmp_path: Path) -> None:
