@@ -449,7 +449,8 @@ def study(flags: argparse.Namespace) -> list[dict[str, Any]]:
         for spend in flags.spend
         for arm in flags.arms
     ]
-    work(runs, flags)
+    if not flags.done:
+        work(runs, flags)
     rows = found(flags.rows)
     mine = [rows[key] for key in map(key_of, map(told, runs)) if key in rows]
     keep(mine, flags.out / "corpus.duckdb")
@@ -484,6 +485,7 @@ def main() -> None:
     parser.add_argument(
         "--rows", type=Path, default=RESULTS / "equal_spend_rows.jsonl", help="what is done, a run a line"
     )
+    parser.add_argument("--done", action="store_true", help="run nothing: the table of what is done")
     parser.add_argument("--plot", type=Path, help="an SVG of the true KL against teacher tokens")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, not a table")
     flags = parser.parse_args()

@@ -97,7 +97,7 @@ def summary(rows: Iterable[dict[str, Any]], limits: Mapping[str, float]) -> dict
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown: an arm a line, a spend a column: mean true forward KL, and the interval of arm minus sft.
+    """Markdown, an arm a line, a spend a column: the mean true forward KL, and an arm minus each baseline.
 
     Then what was lost on each hold-back task: the mean over seeds, and how many of them pass the gate; and the price.
     """
@@ -109,7 +109,8 @@ def table(found: dict[str, Any]) -> str:
         lines = [f"| `{arm}` | " + " | ".join(cell(arm, spend) for spend in spends) + " |" for arm in arms]
         return [head, "|---" * (len(spends) + 1) + "|", *lines]
 
-    blocks = [block("arm", partial(_cell, found))]
+    blocks = [block("true forward KL", partial(_mean, found))]
+    blocks += [block(f"minus `{base}`", partial(_apart, found, base)) for base in BASELINES]
     for name, limit in found["limits"].items():
         blocks.append(block(f"`{name}`, at most {limit:g}", partial(_lost, found, name)))
     blocks.append(block("US cents", partial(_cents, found)))
@@ -120,11 +121,14 @@ def _values(found: dict[str, Any], name: str, arm: str, spend: int) -> list[floa
     return [row["metrics"][name] for row in found["rows"] if (row["arm"], row["spend"]) == (arm, spend)]
 
 
-def _cell(found: dict[str, Any], arm: str, spend: int) -> str:
-    if not (values := _values(found, "true_kl", arm, spend)):
-        return "-"
-    apart = found.get("minus_sft", {}).get(arm, {}).get(str(spend))
-    return f"{mean(values):.3f}" + (f" ({apart[0]:+.3f} [{apart[1]:+.3f}, {apart[2]:+.3f}])" if apart else "")
+def _mean(found: dict[str, Any], arm: str, spend: int) -> str:
+    values = _values(found, "true_kl", arm, spend)
+    return f"{mean(values):.3f}" if values else "-"
+
+
+def _apart(found: dict[str, Any], base: str, arm: str, spend: int) -> str:
+    by = found.get(f"minus_{base}", {}).get(arm, {})
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*by[str(spend)]) if str(spend) in by else "-"
 
 
 def _lost(found: dict[str, Any], name: str, arm: str, spend: int) -> str:

@@ -117,6 +117,14 @@ def test_the_table_has_every_arm_also_where_it_failed() -> None:
     assert lines[2:4] == ["| `sft` | 0.500 |", "| `forks` | - |"]
 
 
+def test_the_table_compares_with_both_baselines() -> None:
+    rows = [row("sft", 1, [1.0, 1.0]), row("sft:soft", 1, [0.5, 0.5]), row("gad", 1, [0.75, 0.75])]
+    text = tables.table(tables.summary(rows, LIMITS))
+    minus = {head: block.splitlines() for block in text.split("\n\n") if (head := block.split("|")[1].strip())}
+    assert "| `gad` | -0.125 [-0.125, -0.125] |" in minus["minus `sft`"]
+    assert "| `gad` | +0.125 [+0.125, +0.125] |" in minus["minus `sft:soft`"]
+
+
 def test_the_table_says_what_was_lost_and_how_many_seeds_passed() -> None:
     rows = [row("sft", s, [1.0], drop=lost) for s, lost in ((1, 1.0), (2, 0.0), (3, 0.5))]  # 0.5, 0 and 0.25 a question
     found = tables.summary(rows, LIMITS)
@@ -157,7 +165,7 @@ def test_a_run_on_another_sft_is_another_run(tmp_path: Path) -> None:
 
 def test_a_run_that_failed_and_was_made_again_counts_once(tmp_path: Path) -> None:
     flags = argparse.Namespace(arms=["sft"], seeds=[1], spend=[8000], held=48, out=tmp_path, device="cpu")
-    flags.threads, flags.jobs = 1, 1
+    flags.threads, flags.jobs, flags.done = 1, 1, False
     flags.rows = tmp_path / "rows.jsonl"
     tuned = json.loads(TUNED.read_text())["sft"]
     which = told(run_of("sft", 8000, 1, tuned["trial"], tuned["settings"], {}, flags))
