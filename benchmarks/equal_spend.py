@@ -9,10 +9,12 @@ evaluation left out. An on-policy arm starts from its own sft on the part of the
 arm whose loop asks nothing has the whole spend for its sft. Arms with the same sft share it. Where not even one prompt
 a round can be paid for, an arm is left out.
   rows     arm, seed, spend (the target), teacher_tokens (what it came to), metrics on the same held-out answers
-  minus    each arm minus `sft` in true forward KL by spend, with a bootstrap interval over seeds and prompts
-  wins     share of the spends where that interval lies wholly below zero
+  minus    each arm minus `sft`, and minus `sft:soft`, in true forward KL by spend: with a bootstrap interval over seeds
+           and prompts, and over how many seeds
+  wins     share of an arm's spends where that interval lies wholly below zero. An on-policy arm starts from `sft:soft`,
+           so ahead of `sft` it may be by that alone
   usd      of a row, at the README's price, what the endpoint read from its cache at the price of that
-  kept     share of the seeds whose student passes the quickstart's gate on hold-back tasks
+  kept     by spend, share of the seeds whose student passes the quickstart's gate on hold-back tasks
 Runs are resumable one by one: a line of `--rows` each. Seed 1 of all arms comes first, so that what is done is a
 whole table. Each row's metrics are in the corpus, too: stage `equal_spend`, checkpoint: arm, step: spend, round: seed.
 """
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import fcntl
 import json
 import os
 import random
@@ -28,9 +31,9 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -225,7 +228,7 @@ def prompts_of(seed: int, out: Path) -> Path:
 
 
 class Used:
-    """request_keys that a run wanted answered, kept over its restarts; whether they were cached or not."""
+    """request_keys that a run wanted answered, whether they were cached or not."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "used.txt"
@@ -256,18 +259,20 @@ class Used:
 
 
 async def learn(project: Project, used: Used, has_loop: bool, pool: Path) -> tuple[Path, float]:
-    """All stages; the last checkpoint, and seconds of the training that another run has done for it."""
+    """All stages; the last checkpoint, and seconds: without the fixed set, with training that another run has done."""
     async with AsyncExitStack() as stack:
         for endpoint in project.endpoints:
             await stack.enter_async_context(endpoint)
         await yardstick.capture(project)
+        began = time.monotonic()
         for endpoint in project.endpoints:
             used.watch(endpoint)
         await sample.run(project)
         saved_s = await shared_sft(project, pool)
         if has_loop:
             await onpolicy.run(project)
-    return project.run_dir.checkpoint(f"round-{ROUNDS}" if has_loop else "sft"), saved_s
+    seconds = time.monotonic() - began + saved_s
+    return project.run_dir.checkpoint(f"round-{ROUNDS}" if has_loop else "sft"), seconds
 
 
 async def shared_sft(project: Project, pool: Path) -> float:
@@ -322,15 +327,14 @@ def measured(project: Project, checkpoint: Path, *, texts: bool) -> dict[str, An
 
 def run_one(run: Run) -> dict[str, Any] | str:
     """The row of one run, or why there is none."""
-    began, pool, failed = time.monotonic(), run.out / "sft", run.out / f"{run.name}.failed"
+    pool, failed = run.out / "sft", run.out / f"{run.name}.failed"
     pool.mkdir(exist_ok=True)
     failed.unlink(missing_ok=True)
     shutil.rmtree(run.out / run.name, ignore_errors=True)  # of one that was stopped: half a run has half a wall_s
     try:
         with Project(load_config(Config, "quickstart", run.overrides())) as project:
             used = Used(project.run_dir.path)
-            checkpoint, saved_s = asyncio.run(learn(project, used, ARMS[run.arm].algorithm is not None, pool))
-            wall_s = time.monotonic() - began + saved_s
+            checkpoint, wall_s = asyncio.run(learn(project, used, ARMS[run.arm].algorithm is not None, pool))
             bill = used.bill(project)
             teacher_tokens = bill["prompt_tokens"] + bill["completion_tokens"]
             return {**told(run), **bill, "teacher_tokens": teacher_tokens, "device": run.device,
@@ -356,7 +360,7 @@ def missing(runs: Iterable[Run], rows: Path) -> list[Run]:
 def work(runs: Iterable[Run], flags: argparse.Namespace) -> None:
     """What is missing, table by table, `--jobs` at a time; each row is written as it comes."""
     todo = sorted(missing(runs, flags.rows), key=lambda run: (run.seed, run.spend, run.arm not in SLOWEST))
-    with ProcessPoolExecutor(flags.jobs, mp_context=get_context("spawn")) as pool:
+    with alone(flags.out), ProcessPoolExecutor(flags.jobs, mp_context=get_context("spawn")) as pool:
         asked = {pool.submit(run_one, run): run for run in todo}
         for future in as_completed(asked):
             run, row = asked[future], future.result()
@@ -367,6 +371,17 @@ def work(runs: Iterable[Run], flags: argparse.Namespace) -> None:
             with flags.rows.open("a") as file:
                 file.write(json.dumps(equal_spend_table.rounded(row)) + "\n")
             say(f"[{time.strftime('%H:%M:%S')}] {run.name}: {said}")
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Two studies in one folder would remove each other's unfinished runs."""
+    with (folder / "study.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"{folder}: another study is at work there")
+        yield
 
 
 def told(run: Run) -> dict[str, Any]:
@@ -398,7 +413,7 @@ def tune(flags: argparse.Namespace) -> None:
     best: dict[str, Any] = json.loads(TUNED.read_text()) if TUNED.exists() else {}
     for arms in (["sft", "sft:soft"], [arm for arm in ARMS if ARMS[arm].algorithm]):
         runs = [
-            run_of(arm, flags.spend[0], TUNING_SEED, n, trial, best, flags)
+            run_of(arm, least(arm, trial, flags.spend), TUNING_SEED, n, trial, best, flags)
             for arm in arms
             if arm in flags.arms
             for n, trial in enumerate(ARMS[arm].trials)
@@ -411,6 +426,12 @@ def tune(flags: argparse.Namespace) -> None:
             tried = {name: [v and v[name] for v in values] for name in ("true_kl", *limits())}
             best[arm] = {"trial": n, "settings": ARMS[arm].trials[n], "dev": tried}
         TUNED.write_text(json.dumps({arm: best[arm] for arm in ARMS if arm in best}, indent=1) + "\n")
+
+
+def least(arm: str, trial: Settings, spends: Sequence[int]) -> int:
+    """The smallest spend that pays for one prompt a round."""
+    payable = (spend for spend in spends if sizes(ARMS[arm], spend, trial.get("share", 0.0)).prompts_per_round)
+    return next(payable, spends[0])
 
 
 def limits() -> dict[str, float]:
@@ -458,16 +479,20 @@ def study(flags: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def keep(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """As metrics of a corpus, also where they were made on another machine."""
+    """These rows alone as metrics of a corpus, also where they were made on another machine."""
     metrics = [
         {"run_id": str(uuid5(NAMESPACE_OID, repr(key_of(row)))), "stage": "equal_spend", "checkpoint": row["arm"],
-         "step": row["spend"], "round": row["seed"], "split": "heldout", "set_id": "", "lo": None, "hi": None,
+         "step": row["spend"], "round": row["seed"], "split": split, "set_id": "", "lo": None, "hi": None,
          "name": name, "value": value}
         for row in rows
         if "failed" not in row
-        for name, value in (*equal_spend_table.metrics(row).items(), ("teacher_tokens", row["teacher_tokens"]))
+        for split, values in equal_spend_table.by_split(row).items()
+        for name, value in values.items()
     ]  # fmt: skip
-    Corpus(path).log_metrics(metrics)
+    corpus = Corpus(path)
+    with corpus.connect() as con:
+        con.execute("DELETE FROM metrics WHERE stage = 'equal_spend'")
+        corpus.log_metrics(metrics)
 
 
 def main() -> None:

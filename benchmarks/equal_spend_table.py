@@ -10,6 +10,7 @@ from typing import Any
 
 from paired import minus
 
+from blackbox_kd.errors import AlignmentError
 from blackbox_kd.tasks import SLACK
 
 PRICE = {"input": 0.28, "cached_input": 0.028, "output": 0.42}
@@ -53,15 +54,25 @@ def usd(row: Mapping[str, Any]) -> float | None:
     return sum(tokens[kind] * PRICE[kind] for kind in PRICE) / 1e6
 
 
-def metrics(row: dict[str, Any]) -> dict[str, float]:
-    """Means of one run."""
+def by_split(row: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Means of one run; `teacher_tokens` stands under `train`."""
     held = row["prompts"]["heldout"]
-    found = {name: sum(held[name]) / sum(held["tokens"]) for name in KL}
+    found = {"train": {"teacher_tokens": row["teacher_tokens"]},
+             "heldout": {name: sum(held[name]) / sum(held["tokens"]) for name in KL}}  # fmt: skip
     for split, values in row["prompts"].items():
-        if "chrf" in values:  # not of a trial
-            found[f"chrf_{split}"] = mean(values["chrf"])
-        found |= {name: mean(drops) for name, drops in values.items() if name.startswith("task_")}
+        ours = {name: mean(each) for name, each in values.items() if name == "chrf" or name.startswith("task_")}
+        found.setdefault(split, {}).update(ours)
     return found
+
+
+def metrics(row: Mapping[str, Any]) -> dict[str, float]:
+    """The same flat: `true_kl`, `chrf_heldout` (not of a trial), `task_everyday_drop`, ..."""
+    splits = {split: values for split, values in by_split(row).items() if split != "train"}
+    return {
+        f"chrf_{split}" if name == "chrf" else name: value
+        for split, values in splits.items()
+        for name, value in values.items()
+    }
 
 
 def summary(rows: Iterable[dict[str, Any]], limits: Mapping[str, float]) -> dict[str, Any]:
@@ -70,6 +81,7 @@ def summary(rows: Iterable[dict[str, Any]], limits: Mapping[str, float]) -> dict
     found = [row for row in every if "failed" not in row]
     runs = {(row["arm"], row["spend"], row["seed"]): row["prompts"]["heldout"] for row in found}
     spends = sorted({spend for _, spend, _ in runs})
+    tokens = same_answers(runs)
     compared: dict[str, Any] = {}
     for base in BASELINES:
         for arm in dict.fromkeys(row["arm"] for row in found if row["arm"] != base):
@@ -77,27 +89,46 @@ def summary(rows: Iterable[dict[str, Any]], limits: Mapping[str, float]) -> dict
                 seeds = [s for a, sp, s in sorted(runs) if (a, sp) == (arm, spend) and (base, spend, s) in runs]
                 if seeds:
                     ours, theirs = ([runs[which, spend, s]["true_kl"] for s in seeds] for which in (arm, base))
-                    value = minus(ours, theirs, runs[arm, spend, seeds[0]]["tokens"])
+                    value = (*minus(ours, theirs, tokens), len(seeds))
                     compared.setdefault(f"minus_{base}", {}).setdefault(arm, {})[str(spend)] = value
-    against = compared.get("minus_sft", {})
     told = [
         {k: v for k, v in row.items() if k != "prompts"} | {"usd": usd(row), "metrics": metrics(row)} for row in found
     ]
-    kept: dict[str, list[bool]] = {}
+    kept: dict[str, dict[str, list[bool]]] = {}
     for row in told:
-        kept.setdefault(row["arm"], []).append(over(row["metrics"], limits) <= 0)
+        passed = over(row["metrics"], limits) <= 0
+        kept.setdefault(row["arm"], {}).setdefault(str(row["spend"]), []).append(passed)
     return {
         "rows": told,
         "failed": [row for row in every if "failed" in row],
         **compared,
-        "wins": {arm: sum(hi < 0 for _, _, hi in by.values()) / len(spends) for arm, by in against.items()},
+        "wins": {
+            base: {arm: mean([hi < 0 for _, _, hi, _ in by.values()]) for arm, by in compared[f"minus_{base}"].items()}
+            for base in BASELINES
+            if f"minus_{base}" in compared
+        },
         "limits": dict(limits),
-        "kept": {arm: mean(passed) for arm, passed in kept.items()},
+        "kept": {arm: {spend: mean(passed) for spend, passed in by.items()} for arm, by in kept.items()},
     }
 
 
+def same_answers(runs: Mapping[Any, Mapping[str, list[float]]]) -> list[float]:
+    """Tokens of the held-out answers, which all runs are measured on.
+
+    Raises:
+        AlignmentError: one that was measured on others.
+    """
+    tokens: list[float] = []
+    for which, held in runs.items():
+        tokens = tokens or held["tokens"]
+        if held["tokens"] != tokens:
+            raise AlignmentError(f"{which} was measured on other held-out answers than {next(iter(runs))}")
+    return tokens
+
+
 def table(found: dict[str, Any]) -> str:
-    """Markdown, an arm a line, a spend a column: the mean true forward KL, and an arm minus each baseline.
+    """Markdown, an arm a line, a spend a column: the mean true forward KL, and an arm minus each baseline over so many
+    seeds.
 
     Then what was lost on each hold-back task: the mean over seeds, and how many of them pass the gate; and the price.
     """
@@ -128,7 +159,7 @@ def _mean(found: dict[str, Any], arm: str, spend: int) -> str:
 
 def _apart(found: dict[str, Any], base: str, arm: str, spend: int) -> str:
     by = found.get(f"minus_{base}", {}).get(arm, {})
-    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*by[str(spend)]) if str(spend) in by else "-"
+    return "{:+.3f} [{:+.3f}, {:+.3f}], {}".format(*by[str(spend)]) if str(spend) in by else "-"
 
 
 def _lost(found: dict[str, Any], name: str, arm: str, spend: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from equal_spend import (
     Run,
     keep,
     key_of,
+    least,
     limits,
     missing,
     run_of,
@@ -28,10 +30,13 @@ from equal_spend import (
     study,
     taken,
     told,
+    work,
 )
+from paired import minus
 
 from blackbox_kd.config import load_config
 from blackbox_kd.corpus import Corpus
+from blackbox_kd.errors import AlignmentError
 from blackbox_kd.settings import Config
 
 DROP = "task_everyday_drop"
@@ -103,11 +108,12 @@ def test_a_win_is_an_interval_below_zero_on_the_seeds_that_both_have() -> None:
     rows = [row("sft", s, worse) for s in (1, 2)] + [row("relabel", s, better) for s in (1, 2, 3)]
     rows += [row("gad", 1, worse), {"arm": "forks", "seed": 1, "spend": 8000, "trial": 0, "failed": "TeacherError: x"}]
     found = tables.summary(rows, LIMITS)
-    value, lo, hi = found["minus_sft"]["relabel"]["8000"]
+    value, lo, hi, seeds = found["minus_sft"]["relabel"]["8000"]
     assert value == pytest.approx((0.4 - 2.7) / 6)  # sums over three prompts of two tokens each
     assert lo <= value <= hi < 0
-    assert found["wins"] == {"relabel": 1.0, "gad": 0.0}
-    assert found["minus_sft"]["gad"]["8000"] == (0, 0, 0)
+    assert seeds == 2
+    assert found["wins"] == {"sft": {"relabel": 1.0, "gad": 0.0}}
+    assert found["minus_sft"]["gad"]["8000"] == (0, 0, 0, 1)
     assert [each["arm"] for each in found["failed"]] == ["forks"]
 
 
@@ -121,14 +127,27 @@ def test_the_table_compares_with_both_baselines() -> None:
     rows = [row("sft", 1, [1.0, 1.0]), row("sft:soft", 1, [0.5, 0.5]), row("gad", 1, [0.75, 0.75])]
     text = tables.table(tables.summary(rows, LIMITS))
     minus = {head: block.splitlines() for block in text.split("\n\n") if (head := block.split("|")[1].strip())}
-    assert "| `gad` | -0.125 [-0.125, -0.125] |" in minus["minus `sft`"]
-    assert "| `gad` | +0.125 [+0.125, +0.125] |" in minus["minus `sft:soft`"]
+    assert "| `gad` | -0.125 [-0.125, -0.125], 1 |" in minus["minus `sft`"]
+    assert "| `gad` | +0.125 [+0.125, +0.125], 1 |" in minus["minus `sft:soft`"]
+
+
+def test_rows_of_other_answers_are_not_compared() -> None:
+    other = row("gad", 2, [1.0, 1.0])
+    other["prompts"]["heldout"]["tokens"] = [2.0, 3.0]
+    with pytest.raises(AlignmentError, match=r"'gad', 8000, 2.* other held-out answers than .*'sft', 8000, 1"):
+        tables.summary([row("sft", 1, [1.0, 1.0]), other], LIMITS)
+
+
+def test_more_seeds_do_not_make_prompts_that_are_hard_for_all_of_them_less_rare() -> None:
+    apart = [0.0] * 9 + [1.0]
+    one, three = (minus([apart] * n, [[0.0] * 10] * n, [1.0] * 10) for n in (1, 3))
+    assert one == pytest.approx(three, abs=1e-12)
 
 
 def test_the_table_says_what_was_lost_and_how_many_seeds_passed() -> None:
     rows = [row("sft", s, [1.0], drop=lost) for s, lost in ((1, 1.0), (2, 0.0), (3, 0.5))]  # 0.5, 0 and 0.25 a question
     found = tables.summary(rows, LIMITS)
-    assert found["kept"] == {"sft": pytest.approx(2 / 3)}
+    assert found["kept"] == {"sft": {"8000": pytest.approx(2 / 3)}}
     assert "| `sft` | +0.25 (2 of 3) |" in tables.table(found)
 
 
@@ -140,10 +159,27 @@ def test_what_was_read_from_the_cache_costs_a_tenth() -> None:
 
 
 def test_what_was_measured_is_a_query_away(tmp_path: Path) -> None:
-    keep([row("sft", 1, [1.0], drop=0.5)], path := tmp_path / "corpus.duckdb")
-    keep([row("sft", 1, [1.0], drop=0.5)], path)  # twice is once
-    sql = f"SELECT checkpoint, step, round, value FROM metrics WHERE stage = 'equal_spend' AND name = '{DROP}'"
-    assert Corpus(path).rows(sql, []) == [("sft", 8000, 1, 0.25)]
+    former = row("sft", 1, [1.0], drop=0.5) | {"steps": 5}
+    keep([former], path := tmp_path / "corpus.duckdb")
+    keep([row("sft", 1, [1.0], drop=0.5)], path)  # in its place
+    sql = "SELECT split, name, value FROM metrics WHERE stage = 'equal_spend' AND step = 8000 AND round = 1"
+    found = {(split, name): value for split, name, value in Corpus(path).rows(sql, [])}
+    assert found["heldout", "chrf"] == 50.0
+    assert (found["holdback", DROP], found["train", "teacher_tokens"], len(found)) == (0.25, 8000, 7)
+
+
+def test_two_studies_do_not_share_a_folder(tmp_path: Path) -> None:
+    flags = argparse.Namespace(out=tmp_path, rows=tmp_path / "rows.jsonl", jobs=1)
+    with (tmp_path / "study.lock").open("w") as theirs:
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match="another study is at work there"):
+            work([], flags)
+    work([], flags)
+
+
+def test_an_arm_is_tuned_where_it_can_be_paid() -> None:
+    assert least("score:kl", {"share": 0.5}, SPENDS) == 24_000
+    assert least("relabel", {"share": 0.5}, SPENDS) == least("sft", {}, SPENDS) == 8_000
 
 
 def test_rows_are_read_back_as_they_were_written(tmp_path: Path) -> None:
