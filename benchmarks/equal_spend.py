@@ -227,6 +227,21 @@ def prompts_of(seed: int, out: Path) -> Path:
     return folder
 
 
+_WORKER: dict[str, Path] = {}
+"""`out` of this process, under --apart."""
+
+
+def on_its_own(out: Path) -> None:
+    """This process has a corpus of its own, begun as a copy of what there is; what was trained for all stays shared."""
+    mine = _WORKER["out"] = out / f"worker-{os.getpid()}"
+    shutil.rmtree(mine, ignore_errors=True)
+    mine.mkdir()
+    (out / "sft").mkdir(exist_ok=True)
+    (mine / "sft").symlink_to((out / "sft").resolve())
+    if (corpus := out / "corpus.duckdb").exists():
+        shutil.copy(corpus, mine)
+
+
 class Used:
     """request_keys that a run wanted answered, whether they were cached or not."""
 
@@ -327,6 +342,7 @@ def measured(project: Project, checkpoint: Path, *, texts: bool) -> dict[str, An
 
 def run_one(run: Run) -> dict[str, Any] | str:
     """The row of one run, or why there is none."""
+    run = run._replace(**_WORKER)
     pool, failed = run.out / "sft", run.out / f"{run.name}.failed"
     pool.mkdir(exist_ok=True)
     failed.unlink(missing_ok=True)
@@ -360,7 +376,8 @@ def missing(runs: Iterable[Run], rows: Path) -> list[Run]:
 def work(runs: Iterable[Run], flags: argparse.Namespace) -> None:
     """What is missing, table by table, `--jobs` at a time; each row is written as it comes."""
     todo = sorted(missing(runs, flags.rows), key=lambda run: (run.seed, run.spend, run.arm not in SLOWEST))
-    with alone(flags.out), ProcessPoolExecutor(flags.jobs, mp_context=get_context("spawn")) as pool:
+    apart = {"initializer": on_its_own, "initargs": (flags.out,)} if flags.apart else {}
+    with alone(flags.out), ProcessPoolExecutor(flags.jobs, mp_context=get_context("spawn"), **apart) as pool:
         asked = {pool.submit(run_one, run): run for run in todo}
         for future in as_completed(asked):
             run, row = asked[future], future.result()
@@ -505,6 +522,11 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help=f"choose the settings of the arms anew, into {TUNED.name}")
     parser.add_argument("--out", type=Path, default=Path("runs/equal_spend"), help="corpus and finished runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument(
+        "--apart",
+        action="store_true",
+        help="each job has a corpus of its own: on many cores waiting for the one file takes longer than asking again",
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1, help="of the teacher's server")
     parser.add_argument(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,9 @@ from equal_spend import (
     least,
     limits,
     missing,
+    on_its_own,
     run_of,
+    run_one,
     sizes,
     study,
     taken,
@@ -169,12 +173,24 @@ def test_what_was_measured_is_a_query_away(tmp_path: Path) -> None:
 
 
 def test_two_studies_do_not_share_a_folder(tmp_path: Path) -> None:
-    flags = argparse.Namespace(out=tmp_path, rows=tmp_path / "rows.jsonl", jobs=1)
+    flags = argparse.Namespace(out=tmp_path, rows=tmp_path / "rows.jsonl", jobs=1, apart=False)
     with (tmp_path / "study.lock").open("w") as theirs:
         fcntl.flock(theirs, fcntl.LOCK_EX)
         with pytest.raises(SystemExit, match="another study is at work there"):
             work([], flags)
     work([], flags)
+
+
+def test_jobs_apart_share_what_was_trained_and_begin_with_what_was_asked(tmp_path: Path) -> None:
+    keep([row("sft", 1, [1.0])], tmp_path / "corpus.duckdb")
+    with ProcessPoolExecutor(1, get_context("spawn"), on_its_own, (tmp_path,)) as pool:
+        found = pool.submit(run_one, Run("sft", 8_000, 1, 0, {"nothing.like.it": 1}, 48, tmp_path, "cpu", 1)).result()
+    assert "nothing" in str(found)
+    (mine,) = tmp_path.glob("worker-*")
+    assert Corpus(mine / "corpus.duckdb").rows("SELECT count(*) FROM metrics", []) == [(7,)]
+    assert (mine / "sft-8000-1.failed").exists()
+    (mine / "sft" / "kept").touch()
+    assert (tmp_path / "sft" / "kept").exists()
 
 
 def test_an_arm_is_tuned_where_it_can_be_paid() -> None:
@@ -201,7 +217,7 @@ def test_a_run_on_another_sft_is_another_run(tmp_path: Path) -> None:
 
 def test_a_run_that_failed_and_was_made_again_counts_once(tmp_path: Path) -> None:
     flags = argparse.Namespace(arms=["sft"], seeds=[1], spend=[8000], held=48, out=tmp_path, device="cpu")
-    flags.threads, flags.jobs, flags.done = 1, 1, False
+    flags.threads, flags.jobs, flags.apart, flags.done = 1, 1, False, False
     flags.rows = tmp_path / "rows.jsonl"
     tuned = json.loads(TUNED.read_text())["sft"]
     which = told(run_of("sft", 8000, 1, tuned["trial"], tuned["settings"], {}, flags))
