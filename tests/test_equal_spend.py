@@ -16,6 +16,7 @@ from equal_spend import (
     ANSWER_TOKENS,
     ARMS,
     MARGIN,
+    RESULTS,
     ROUNDS,
     SPENDS,
     STEPS,
@@ -229,6 +230,11 @@ def test_a_run_that_failed_and_was_made_again_counts_once(tmp_path: Path) -> Non
     flags.rows.write_text("".join(json.dumps(each) + "\n" for each in written))
     assert missing([run], flags.rows) == []
     assert study(flags) == [made]
+
+
+def test_the_page_has_the_tables_of_the_result() -> None:
+    result = json.loads((RESULTS / "equal_spend.json").read_text())
+    assert tables.table(result) in Path("docs/equal_spend.md").read_text()
 
 
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:
