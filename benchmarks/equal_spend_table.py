@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from paired import minus
@@ -35,11 +36,6 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
-def mean(values: Sequence[float]) -> float:
-    """Of at least one."""
-    return sum(values) / len(values)
-
-
 def over(values: Mapping[str, float], limits: Mapping[str, float]) -> float:
     """By how much the task that lost most lost more than its gate allows; 0 or less where all pass."""
     return max(values[name] - limit - SLACK for name, limit in limits.items())
@@ -60,7 +56,7 @@ def by_split(row: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     found = {"train": {"teacher_tokens": row["teacher_tokens"]},
              "heldout": {name: sum(held[name]) / sum(held["tokens"]) for name in KL}}  # fmt: skip
     for split, values in row["prompts"].items():
-        ours = {name: mean(each) for name, each in values.items() if name == "chrf" or name.startswith("task_")}
+        ours = {name: fmean(each) for name, each in values.items() if name == "chrf" or name.startswith("task_")}
         found.setdefault(split, {}).update(ours)
     return found
 
@@ -103,12 +99,12 @@ def summary(rows: Iterable[dict[str, Any]], limits: Mapping[str, float]) -> dict
         "failed": [row for row in every if "failed" in row],
         **compared,
         "wins": {
-            base: {arm: mean([hi < 0 for _, _, hi, _ in by.values()]) for arm, by in compared[f"minus_{base}"].items()}
+            base: {arm: fmean([hi < 0 for _, _, hi, _ in by.values()]) for arm, by in compared[f"minus_{base}"].items()}
             for base in BASELINES
             if f"minus_{base}" in compared
         },
         "limits": dict(limits),
-        "kept": {arm: {spend: mean(passed) for spend, passed in by.items()} for arm, by in kept.items()},
+        "kept": {arm: {spend: fmean(passed) for spend, passed in by.items()} for arm, by in kept.items()},
     }
 
 
@@ -154,7 +150,7 @@ def _values(found: dict[str, Any], name: str, arm: str, spend: int) -> list[floa
 
 def _mean(found: dict[str, Any], arm: str, spend: int) -> str:
     values = _values(found, "true_kl", arm, spend)
-    return f"{mean(values):.3f}" if values else "-"
+    return f"{fmean(values):.3f}" if values else "-"
 
 
 def _apart(found: dict[str, Any], base: str, arm: str, spend: int) -> str:
@@ -166,12 +162,12 @@ def _lost(found: dict[str, Any], name: str, arm: str, spend: int) -> str:
     if not (values := _values(found, name, arm, spend)):
         return "-"
     passed = sum(over({name: value}, {name: found["limits"][name]}) <= 0 for value in values)
-    return f"{mean(values):+.2f} ({passed} of {len(values)})"
+    return f"{fmean(values):+.2f} ({passed} of {len(values)})"
 
 
 def _cents(found: dict[str, Any], arm: str, spend: int) -> str:
     known = [row["usd"] for row in found["rows"] if (row["arm"], row["spend"]) == (arm, spend) and row["usd"]]
-    return f"{100 * mean(known):.2f}" if known else "-"
+    return f"{100 * fmean(known):.2f}" if known else "-"
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
