@@ -66,7 +66,9 @@ HELD = {"heldout": 1.0, "ood": 0.5, "holdback": 0.5}
 RESULTS = Path(__file__).parent / "results"
 
 Settings = dict[str, Any]
-"""Overrides of the quickstart."""
+"""Overrides of the quickstart, and `OURS`."""
+OURS = ("share", "steps")
+"""The loop's part of the spend, and STEPS."""
 
 SOFTLY = (1e-4, 3e-4)
 """Learning rates where the teacher's distribution is learnt, or a reward."""
@@ -85,6 +87,8 @@ COPY: list[Settings] = [
     {"sft.trainer.learning_rate": 3e-4, "sft.dev_fraction": 0, "sft.trainer.num_train_epochs": 6},
     {"sft.trainer.learning_rate": 1e-3, "sft.dev_fraction": 0, "sft.trainer.num_train_epochs": 4},
 ]
+MORE = [*loop([3e-4], share=0.5, steps=2 * STEPS), *loop([3e-4], share=0.75)]
+"""Further trials of the arms that were ahead."""
 
 
 class Arm(NamedTuple):
@@ -95,7 +99,7 @@ class Arm(NamedTuple):
     cost: float = 0.0
     """Teacher tokens of the loop for each of its prompts, as it was measured; 0: it asks nothing."""
     trials: list[Settings] = loop(SOFTLY, share=0.5)
-    """Tried at the smallest spend on the dev prompts; `share` is the loop's of the spend."""
+    """Tried at the smallest spend on the dev prompts."""
     settings: Settings = {}
     step: int = 1
     """Prompts of a round are a multiple of it: 2 where half of them are asked about."""
@@ -106,8 +110,8 @@ ARMS = {
     "sft:soft": Arm(trials=COPY),
     "relabel": Arm("relabel", 432, loop(TEXTS, share=0.5)),
     "relabel:worst": Arm("relabel:worst", 216, loop(TEXTS, share=0.5), step=2),
-    "relabel:afresh": Arm("relabel:afresh", 168, step=2),
-    "prefix": Arm("prefix", 330),
+    "relabel:afresh": Arm("relabel:afresh", 168, [*loop(SOFTLY, share=0.5), *MORE], step=2),
+    "prefix": Arm("prefix", 330, [*loop(SOFTLY, share=0.5), *MORE]),
     "preference:snapshot": Arm("preference:snapshot", trials=loop(TEXTS)),
     "preference:fresh": Arm("preference:fresh", trials=loop(TEXTS)),
     "reward:best_of_n": Arm("reward:best_of_n", 340, loop(TEXTS, share=0.5)),
@@ -138,14 +142,14 @@ class Sizes(NamedTuple):
     """Of the optimiser in each round."""
 
 
-def sizes(arm: Arm, spend: int, share: float) -> Sizes:
+def sizes(arm: Arm, spend: int, share: float, steps: int = STEPS) -> Sizes:
     """An arm that asks nothing in its loop has the whole spend for its sft, and rounds of one size."""
     prompts = paid_prompts(arm, spend, share)
     unit = max(1, spend // 18_000)  # so that arms of one share have one sft
     answers = round((spend - prompts * ROUNDS * arm.cost) / ANSWER_TOKENS / unit) * unit
     if not arm.cost:
-        return Sizes(answers, min(16, answers), STEPS)
-    return Sizes(answers, prompts, round(STEPS * prompts / max(1, paid_prompts(arm, SPENDS[0], share))))
+        return Sizes(answers, min(16, answers), steps)
+    return Sizes(answers, prompts, round(steps * prompts / max(1, paid_prompts(arm, SPENDS[0], share))))
 
 
 def paid_prompts(arm: Arm, spend: int, share: float) -> int:
@@ -177,7 +181,8 @@ class Run(NamedTuple):
     @property
     def sizes(self) -> Sizes:
         """See `sizes`."""
-        return sizes(ARMS[self.arm], self.spend, self.settings.get("share", 0.0))
+        chosen = self.settings
+        return sizes(ARMS[self.arm], self.spend, chosen.get("share", 0.0), chosen.get("steps", STEPS))
 
     def overrides(self) -> list[tuple[str, str]]:
         """Of the quickstart."""
@@ -205,7 +210,7 @@ class Run(NamedTuple):
             }
             if arm.algorithm.startswith("reward"):
                 flags["judge"] = {"same_as": "teacher"}
-        flags |= arm.settings | {key: value for key, value in self.settings.items() if key != "share"}
+        flags |= arm.settings | {key: value for key, value in self.settings.items() if key not in OURS}
         return [(key, json.dumps(value)) for key, value in flags.items()]
 
 
