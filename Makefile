@@ -86,7 +86,7 @@ bench-pipeline: setup
 study-small: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/equal_spend.py --seeds 1 --spend 8000 --held 16 --jobs 2 \
 		--out runs/study_small --rows runs/study_small/rows.jsonl \
-		--arms sft sft:soft relabel relabel:afresh prefix preference:fresh reward:pg forks
+		--arms sft sft:soft relabel:afresh prefix preference:fresh reward:pg forks
 
 # all of it, resumable: many hours; what is done is in benchmarks/results/equal_spend_rows.jsonl
 study: setup

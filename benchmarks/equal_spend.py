@@ -57,8 +57,12 @@ SPENDS = [8_000, 24_000, 72_000]
 """Teacher tokens: 24, 72 and 216 answers of about 335 (300 of them are the private prompt)."""
 ANSWER_TOKENS = 335
 ROUNDS = 2
-STEPS = 6
-"""Of a round at the smallest spend; with more prompts in proportion, so that each is learnt as often."""
+PASSES = 12
+"""Samples that an arm may be trained on for each answer that its spend pays for, if its loop asks: all of them still
+gain by more."""
+STEPS = 24
+"""Of a round at the smallest spend that pays for one, of two samples each; in proportion at the others, so that what
+the teacher says is learnt as often."""
 DEV = 32
 """Train prompts that are kept aside for tuning."""
 HELD = {"heldout": 1.0, "ood": 0.5, "holdback": 0.5}
@@ -72,23 +76,27 @@ OURS = ("share", "steps")
 
 SOFTLY = (1e-4, 3e-4)
 """Learning rates where the teacher's distribution is learnt, or a reward."""
-TEXTS = (3e-5, 1e-4)
-"""Where one text a prompt is: at 3e-4 each of these arms went away from the teacher."""
+TEXTS = (1e-5, 3e-5)
+"""Where one text a prompt is: with fewer and larger steps, too, these arms went away from the teacher at 1e-4."""
 
 
 def loop(rates: Iterable[float], **more: Any) -> list[Settings]:
     """Trials of an on-policy arm."""
-    return [{**more, "onpolicy.update.learning_rate": rate} for rate in rates]
+    return [{**more, "onpolicy.update.learning_rate": rate, "onpolicy.update.batch_size": 2} for rate in rates]
 
 
-COPY: list[Settings] = [
-    {"sft.trainer.learning_rate": 3e-4},
-    {"sft.trainer.learning_rate": 1e-3},
-    {"sft.trainer.learning_rate": 3e-4, "sft.dev_fraction": 0, "sft.trainer.num_train_epochs": 6},
-    {"sft.trainer.learning_rate": 1e-3, "sft.dev_fraction": 0, "sft.trainer.num_train_epochs": 4},
-]
-MORE = [*loop([3e-4], share=0.5, steps=2 * STEPS), *loop([3e-4], share=0.75)]
-"""Further trials of the arms that were ahead."""
+LONGER = loop(
+    [3e-4], share=0.5, steps=2 * STEPS, **{"onpolicy.replay": 0.7, "sft.trainer.num_train_epochs": PASSES // 2}
+)
+"""Half as long an sft, and the loop over more of its answers, for as many samples in all."""
+
+
+def copy(rate: float, *, batch_size: int | None = None, epochs: int | None = None) -> Settings:
+    """A trial of sft; without `epochs` as many as are best on dev rows."""
+    more: Settings = {"sft.trainer.per_device_train_batch_size": batch_size} if batch_size else {}
+    if epochs:
+        more |= {"sft.dev_fraction": 0, "sft.trainer.num_train_epochs": epochs}
+    return {"sft.trainer.learning_rate": rate, **more}
 
 
 class Arm(NamedTuple):
@@ -98,7 +106,7 @@ class Arm(NamedTuple):
     """Of benchmarks/algorithms.py; None: no loop."""
     cost: float = 0.0
     """Teacher tokens of the loop for each of its prompts, as it was measured; 0: it asks nothing."""
-    trials: list[Settings] = loop(SOFTLY, share=0.5)
+    trials: list[Settings] = [*loop(SOFTLY, share=0.5), *LONGER]
     """Tried at the smallest spend on the dev prompts."""
     settings: Settings = {}
     step: int = 1
@@ -106,12 +114,22 @@ class Arm(NamedTuple):
 
 
 ARMS = {
-    "sft": Arm(trials=COPY, settings={"sft.soft_labels": False}),
-    "sft:soft": Arm(trials=COPY),
+    "sft": Arm(
+        trials=[copy(3e-4), copy(1e-3), copy(3e-4, epochs=6), copy(1e-4, batch_size=2)],
+        settings={"sft.soft_labels": False},
+    ),
+    "sft:soft": Arm(
+        trials=[
+            copy(1e-3, epochs=4),
+            copy(6e-4, batch_size=2, epochs=6),
+            copy(3e-4, batch_size=2, epochs=6),
+            copy(3e-4, batch_size=2, epochs=PASSES),
+        ]
+    ),
     "relabel": Arm("relabel", 432, loop(TEXTS, share=0.5)),
     "relabel:worst": Arm("relabel:worst", 216, loop(TEXTS, share=0.5), step=2),
-    "relabel:afresh": Arm("relabel:afresh", 168, [*loop(SOFTLY, share=0.5), *MORE], step=2),
-    "prefix": Arm("prefix", 330, [*loop(SOFTLY, share=0.5), *MORE]),
+    "relabel:afresh": Arm("relabel:afresh", 168, step=2),
+    "prefix": Arm("prefix", 330),
     "preference:snapshot": Arm("preference:snapshot", trials=loop(TEXTS)),
     "preference:fresh": Arm("preference:fresh", trials=loop(TEXTS)),
     "reward:best_of_n": Arm("reward:best_of_n", 340, loop(TEXTS, share=0.5)),
@@ -147,9 +165,12 @@ def sizes(arm: Arm, spend: int, share: float, steps: int = STEPS) -> Sizes:
     prompts = paid_prompts(arm, spend, share)
     unit = max(1, spend // 18_000)  # so that arms of one share have one sft
     answers = round((spend - prompts * ROUNDS * arm.cost) / ANSWER_TOKENS / unit) * unit
+    if not arm.algorithm:
+        return Sizes(answers, 0, 0)
     if not arm.cost:
         return Sizes(answers, min(16, answers), steps)
-    return Sizes(answers, prompts, round(steps * prompts / max(1, paid_prompts(arm, SPENDS[0], share))))
+    least = next((each for each in SPENDS if paid_prompts(arm, each, share)), spend)
+    return Sizes(answers, prompts, round(steps * spend / least))
 
 
 def paid_prompts(arm: Arm, spend: int, share: float) -> int:
@@ -371,7 +392,7 @@ def missing(runs: Iterable[Run], rows: Path) -> list[Run]:
     done = {key for key, row in found(rows).items() if "failed" not in row}
     todo = []
     for run in runs:
-        if not run.sizes.prompts_per_round:
+        if ARMS[run.arm].cost and not run.sizes.prompts_per_round:
             say(f"{run.name}: left out, one prompt a round costs more than its share of the spend")
         elif key_of(told(run)) not in done:
             todo.append(run)
@@ -452,7 +473,8 @@ def tune(flags: argparse.Namespace) -> None:
 
 def least(arm: str, trial: Settings, spends: Sequence[int]) -> int:
     """The smallest spend that pays for one prompt a round."""
-    payable = (spend for spend in spends if sizes(ARMS[arm], spend, trial.get("share", 0.0)).prompts_per_round)
+    share = trial.get("share", 0.0)
+    payable = (spend for spend in spends if not ARMS[arm].cost or paid_prompts(ARMS[arm], spend, share))
     return next(payable, spends[0])
 
 

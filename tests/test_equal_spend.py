@@ -16,6 +16,7 @@ from equal_spend import (
     ANSWER_TOKENS,
     ARMS,
     MARGIN,
+    PASSES,
     RESULTS,
     ROUNDS,
     SPENDS,
@@ -66,11 +67,19 @@ def test_every_arm_spends_what_it_is_given(arm: str, spend: int) -> None:
 
 @pytest.mark.parametrize("arm", [name for name, arm in ARMS.items() if arm.cost])
 def test_what_the_loop_is_told_is_learnt_as_often_at_every_spend(arm: str) -> None:
-    least = next(size for spend in SPENDS if (size := sizes(ARMS[arm], spend, 0.5)).prompts_per_round)
-    assert least.steps == STEPS
-    for spend in SPENDS:
-        size = sizes(ARMS[arm], spend, 0.5)
-        assert size.steps * least.prompts_per_round == pytest.approx(STEPS * size.prompts_per_round, abs=5)
+    found = {spend: sizes(ARMS[arm], spend, 0.5) for spend in SPENDS}
+    paid = [spend for spend in SPENDS if found[spend].prompts_per_round]
+    assert [found[spend].steps for spend in paid] == [STEPS * spend // paid[0] for spend in paid]
+
+
+@pytest.mark.parametrize("arm", [name for name, arm in ARMS.items() if arm.cost])
+@pytest.mark.parametrize("spend", SPENDS)
+def test_an_arm_that_asks_in_its_loop_is_not_trained_longer_than_one_that_copies(arm: str, spend: int) -> None:
+    for trial in ARMS[arm].trials:
+        size = sizes(ARMS[arm], spend, trial["share"], trial.get("steps", STEPS))
+        passes = trial.get("sft.trainer.num_train_epochs", PASSES)
+        samples = size.answers * passes + ROUNDS * size.steps * trial["onpolicy.update.batch_size"]
+        assert not size.prompts_per_round or samples <= 1.03 * PASSES * spend / ANSWER_TOKENS
 
 
 def test_an_arm_whose_prompt_costs_more_than_its_share_has_none() -> None:
