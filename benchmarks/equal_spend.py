@@ -169,13 +169,17 @@ def sizes(arm: Arm, spend: int, share: float, steps: int = STEPS) -> Sizes:
         return Sizes(answers, 0, 0)
     if not arm.cost:
         return Sizes(answers, min(16, answers), steps)
-    least = next((each for each in SPENDS if paid_prompts(arm, each, share)), spend)
-    return Sizes(answers, prompts, round(steps * spend / least))
+    return Sizes(answers, prompts, round(steps * spend / least(arm, share, SPENDS)))
 
 
 def paid_prompts(arm: Arm, spend: int, share: float) -> int:
     """Of each round."""
     return int(spend * share / arm.cost / ROUNDS / arm.step) * arm.step if arm.cost else 0
+
+
+def least(arm: Arm, share: float, spends: Sequence[int]) -> int:
+    """The smallest spend that pays for one prompt a round; the first of them where none does."""
+    return next((spend for spend in spends if not arm.cost or paid_prompts(arm, spend, share)), spends[0])
 
 
 class Run(NamedTuple):
@@ -456,7 +460,7 @@ def tune(flags: argparse.Namespace) -> None:
     best: dict[str, Any] = json.loads(TUNED.read_text()) if TUNED.exists() else {}
     for arms in (["sft", "sft:soft"], [arm for arm in ARMS if ARMS[arm].algorithm]):
         runs = [
-            run_of(arm, least(arm, trial, flags.spend), TUNING_SEED, n, trial, best, flags)
+            run_of(arm, least(ARMS[arm], trial.get("share", 0.0), flags.spend), TUNING_SEED, n, trial, best, flags)
             for arm in arms
             if arm in flags.arms
             for n, trial in enumerate(ARMS[arm].trials)
@@ -465,17 +469,12 @@ def tune(flags: argparse.Namespace) -> None:
         reached = {k: equal_spend_table.metrics(r) for k, r in found(flags.rows).items() if "failed" not in r}
         for arm in dict.fromkeys(run.arm for run in runs):
             values = [reached.get(key_of(told(run))) for run in runs if run.arm == arm]
+            if not any(values):
+                continue  # none could be run: there is nothing to choose by
             n = taken(values, {name: limit * MARGIN for name, limit in limits().items()})
             tried = {name: [v and v[name] for v in values] for name in ("true_kl", *limits())}
             best[arm] = {"trial": n, "settings": ARMS[arm].trials[n], "dev": tried}
         TUNED.write_text(json.dumps({arm: best[arm] for arm in ARMS if arm in best}, indent=1) + "\n")
-
-
-def least(arm: str, trial: Settings, spends: Sequence[int]) -> int:
-    """The smallest spend that pays for one prompt a round."""
-    share = trial.get("share", 0.0)
-    payable = (spend for spend in spends if not ARMS[arm].cost or paid_prompts(ARMS[arm], spend, share))
-    return next(payable, spends[0])
 
 
 def limits() -> dict[str, float]:

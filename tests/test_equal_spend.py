@@ -204,8 +204,8 @@ def test_jobs_apart_share_what_was_trained_and_begin_with_what_was_asked(tmp_pat
 
 
 def test_an_arm_is_tuned_where_it_can_be_paid() -> None:
-    assert least("score:kl", {"share": 0.5}, SPENDS) == 24_000
-    assert least("relabel", {"share": 0.5}, SPENDS) == least("sft", {}, SPENDS) == 8_000
+    assert least(ARMS["score:kl"], 0.5, SPENDS) == 24_000
+    assert least(ARMS["relabel"], 0.5, SPENDS) == least(ARMS["sft"], 0.0, SPENDS) == 8_000
 
 
 def test_rows_are_read_back_as_they_were_written(tmp_path: Path) -> None:
