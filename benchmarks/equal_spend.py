@@ -505,13 +505,14 @@ def run_of(
 def study(flags: argparse.Namespace) -> list[dict[str, Any]]:
     """Seed 1 of all arms and spends, then seed 2, ...; the rows of these runs, as they are set now."""
     tuned = json.loads(TUNED.read_text())
-    if missing := [arm for arm in flags.arms if arm not in tuned]:
+    arms = [arm for arm in flags.arms if arm in tuned]
+    if not flags.done and (missing := [arm for arm in flags.arms if arm not in tuned]):
         sys.exit(f"{', '.join(missing)}: no trial is chosen yet, run --tune first")
     runs = [
         run_of(arm, spend, seed, tuned[arm]["trial"], tuned[arm]["settings"], tuned, flags)
         for seed in flags.seeds
         for spend in flags.spend
-        for arm in flags.arms
+        for arm in arms
     ]
     if not flags.done:
         work(runs, flags)
