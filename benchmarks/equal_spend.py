@@ -140,7 +140,7 @@ ARMS = {
     "gad": Arm("gad", trials=loop(SOFTLY)),
 }
 SLOWEST = ("gad", "preference:fresh", "preference:snapshot")
-"""They take as long as several others: first of their table, so that no worker ends with one of them alone."""
+"""They take as long as several others: before these, so that no worker ends with one of them alone."""
 TUNED = RESULTS / "equal_spend_tuned.json"
 """arm -> the trial that is taken, and what each came to on the dev prompts; made by --tune, then frozen."""
 TUNING_SEED = 0
@@ -208,6 +208,11 @@ class Run(NamedTuple):
         """See `sizes`."""
         chosen = self.settings
         return sizes(ARMS[self.arm], self.spend, chosen.get("share", 0.0), chosen.get("steps", STEPS))
+
+    @property
+    def learnt_before(self) -> Settings:
+        """Its settings of the sequence-level stage."""
+        return {key: value for key, value in self.settings.items() if key.startswith("sft.")}
 
     def overrides(self) -> list[tuple[str, str]]:
         """Of the quickstart."""
@@ -403,9 +408,19 @@ def missing(runs: Iterable[Run], rows: Path) -> list[Run]:
     return todo
 
 
+def in_order(runs: Iterable[Run]) -> list[Run]:
+    """Table by table, in each of them first those that train an sft, and then those that take it from one of them."""
+    ordered, trained = list[tuple[Any, ...]](), set[str]()
+    for n, run in enumerate(runs):
+        before = json.dumps([run.seed, run.sizes.answers, ARMS[run.arm].settings, run.learnt_before], sort_keys=True)
+        ordered.append((run.seed, run.spend, before in trained, run.arm not in SLOWEST, n, run))
+        trained.add(before)
+    return [run for *_, run in sorted(ordered)]
+
+
 def work(runs: Iterable[Run], flags: argparse.Namespace) -> None:
     """What is missing, table by table, `--jobs` at a time; each row is written as it comes."""
-    todo = sorted(missing(runs, flags.rows), key=lambda run: (run.seed, run.spend, run.arm not in SLOWEST))
+    todo = in_order(missing(runs, flags.rows))
     apart = {"initializer": on_its_own, "initargs": (flags.out,)} if flags.apart else {}
     with alone(flags.out), ProcessPoolExecutor(flags.jobs, mp_context=get_context("spawn"), **apart) as pool:
         asked = {pool.submit(run_one, run): run for run in todo}

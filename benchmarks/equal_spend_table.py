@@ -20,6 +20,9 @@ BASELINES = ("sft", "sft:soft")
 KL = ("true_kl", "true_reverse_kl", "tail_kl", "teacher_nll")
 """Nats per token of the teacher's held-out answers."""
 
+OTHERS = (*KL[1:], "chrf_heldout", "chrf_ood", "chrf_holdback")
+"""What is measured beside `true_kl`."""
+
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """Rows that were written so far."""
@@ -126,7 +129,8 @@ def table(found: dict[str, Any]) -> str:
     """Markdown, an arm a line, a spend a column: the mean true forward KL, and an arm minus each baseline over so many
     seeds.
 
-    Then what was lost on each hold-back task: the mean over seeds, and how many of them pass the gate; and the price.
+    Then what was lost on each hold-back task: the mean over seeds, and how many of them pass the gate; the price; and,
+    spend by spend, whatever else is measured.
     """
     spends = sorted({row["spend"] for row in found["rows"]})
     arms = list(dict.fromkeys(row["arm"] for row in (*found["rows"], *found["failed"])))
@@ -141,6 +145,7 @@ def table(found: dict[str, Any]) -> str:
     for name, limit in found["limits"].items():
         blocks.append(block(f"`{name}`, at most {limit:g}", partial(_lost, found, name)))
     blocks.append(block("US cents", partial(_cents, found)))
+    blocks += [_outcomes(found, arms, spend) for spend in spends]
     return "\n\n".join("\n".join(lines) for lines in blocks)
 
 
@@ -168,6 +173,24 @@ def _lost(found: dict[str, Any], name: str, arm: str, spend: int) -> str:
 def _cents(found: dict[str, Any], arm: str, spend: int) -> str:
     known = [row["usd"] for row in found["rows"] if (row["arm"], row["spend"]) == (arm, spend) and row["usd"]]
     return f"{100 * fmean(known):.2f}" if known else "-"
+
+
+def _outcomes(found: dict[str, Any], arms: Iterable[str], spend: int) -> list[str]:
+    """The mean over seeds; seconds by device, since no two of them are alike."""
+
+    def cells(arm: str) -> Iterator[str]:
+        for name in OTHERS:
+            values = _values(found, name, arm, spend)
+            yield f"{fmean(values):.{1 if name.startswith('chrf') else 3}f}" if values else "-"
+        took: dict[str, list[float]] = {}
+        for row in found["rows"]:
+            if (row["arm"], row["spend"]) == (arm, spend):
+                took.setdefault(row["device"], []).append(row["wall_s"])
+        yield ", ".join(f"{fmean(took[device]):.0f} ({device})" for device in sorted(took)) or "-"
+
+    head = [f"{spend:,} tokens", *(f"`{name}`" for name in OTHERS), "seconds"]
+    lines = [[f"`{arm}`", *cells(arm)] for arm in arms]
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
 
 
 def plot(found: dict[str, Any], path: Path) -> None:

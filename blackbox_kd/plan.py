@@ -89,7 +89,7 @@ def plan(config: Config) -> dict[str, Any]:
     prompts = PromptSet(config.prompts, task_prompts(config.evaluate.tasks))
     found = probed(config.corpus_path, config.teacher.model, config.teacher.address)
     can = msgspec.convert(found | config.teacher.capabilities, Capabilities)
-    config, chosen = settled(config, prompts, can)
+    config, chosen = settled(config, prompts)
     teacher, path = Questions(config.teacher, config.sample), config.corpus_path
     price = price_of(config.teacher)
     seen = history(path, config.teacher.model)

@@ -39,17 +39,17 @@ async def run(project: Project) -> dict[str, Any]:
 
 
 async def ensure(project: Project) -> None:
-    """Look at the endpoint where the on-policy algorithm depends on it and nobody has looked; then settle on one.
+    """Look at the endpoint where the on-policy algorithm depends on it and nobody has looked.
 
     Raises:
         TeacherRefused: the endpoint cannot do what the algorithm needs.
     """
     teacher = project.teacher
-    if project.config.onpolicy.algorithm.lacking(teacher.capabilities) and not teacher.probed():
-        await run(project)
-    if why := project.settle():
-        say(f"onpolicy.algorithm auto: {why}")
+    if project.why:
+        say(f"onpolicy.algorithm auto: {project.why}")
     algorithm = project.config.onpolicy.algorithm
+    if algorithm.lacking(teacher.capabilities) and not teacher.probed():
+        await run(project)
     if lacking := algorithm.lacking(teacher.capabilities):
         raise TeacherRefused(f"onpolicy.algorithm {algorithm.name}: {lacking}")
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
 from blackbox_kd import vllm
-from blackbox_kd.algorithms.base import Tools
+from blackbox_kd.algorithms.base import AlgorithmConfig, Tools
 from blackbox_kd.checkers import task_prompts
 from blackbox_kd.corpus import Corpus, curation
 from blackbox_kd.errors import ConfigError
@@ -18,7 +18,7 @@ from blackbox_kd.prompts import SPLITS, PromptSet, Template
 from blackbox_kd.run_dir import RunDir, round_of
 from blackbox_kd.settings import Config, OnPolicyConfig
 from blackbox_kd.student.render import Renderer
-from blackbox_kd.teachers.base import Capabilities, TeacherConfig
+from blackbox_kd.teachers.base import TeacherConfig
 from blackbox_kd.teachers.budget import worst_case
 from blackbox_kd.teachers.prices import price_of
 from blackbox_kd.teachers.teacher import Questions, Teacher
@@ -26,10 +26,13 @@ from blackbox_kd.types import Prompt, Request
 from blackbox_kd.winrate import most_questions
 
 
-def settled(config: Config, prompts: PromptSet, can: Capabilities) -> tuple[Config, str]:
-    """The config with the on-policy algorithm that is meant, and why it is (`auto`).
+def settled(
+    config: Config, prompts: PromptSet, taken: Callable[[], AlgorithmConfig | None] = lambda: None
+) -> tuple[Config, str]:
+    """The config with the on-policy algorithm that is meant and its learning rate, and why it is (`auto`).
 
-    It does not depend on what has been spent: the same run makes the same choice again.
+    It does not depend on what has been spent: the same run makes the same choice again. Once there are rounds it stays
+    the one that they have `taken`, also where a higher cap would pay for another one.
     """
     loop = config.onpolicy
 
@@ -40,9 +43,12 @@ def settled(config: Config, prompts: PromptSet, can: Capabilities) -> tuple[Conf
         judged = most_questions(fixed, loop.rounds + 2) if config.evaluate.judge else 0
         return None if cap is None else cap - asked - most_graded(config, prompts) - 2 * fixed - judged
 
-    in_all = loop.rounds * min(loop.prompts_per_round, prompts.count("train"))
-    chosen, why = loop.algorithm.resolve(can, in_all, loop.max_completion_length, left)
-    return config.model_copy(update={"onpolicy": loop.model_copy(update={"algorithm": chosen})}), why
+    chosen, why = loop.algorithm.resolve(loop.rounds, min(loop.prompts_per_round, prompts.count("train")), left)
+    if why and (before := taken()):
+        chosen, why = before, f"{before.name}, as in the rounds before"
+    rate = loop.update.learning_rate or chosen.learning_rate
+    update = loop.update.model_copy(update={"learning_rate": rate})
+    return config.model_copy(update={"onpolicy": loop.model_copy(update={"algorithm": chosen, "update": update})}), why
 
 
 def most_graded(config: Config, prompts: PromptSet) -> int:
@@ -79,7 +85,7 @@ class Project:
     """Everything that a stage works with, opened once; use as a context manager."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self._why = config, ""
+        self.config, self.why = config, ""
         self._stack = ExitStack()
 
     def __enter__(self) -> Project:
@@ -101,9 +107,8 @@ class Project:
             )
             self.judge = self._judge(config.judge, "judge")
             self.unseen = self._judge(config.evaluate.judge, "evaluate.judge")
-            if not config.onpolicy.algorithm.lacking(self.teacher.capabilities):
-                self.settle()
-                config = self.config
+            self.config, self.why = settled(config, self.prompts, self._taken)
+            config = self.config
             for name in self.run_dir.checkpoints():  # before the config of the run is overwritten
                 self.run_dir.done(name, self.settings_of(name))
             resolved = config.model_dump(mode="json") | {"corpus": str(config.corpus_path)}
@@ -119,20 +124,12 @@ class Project:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stack.close()
 
-    def settle(self) -> str:
-        """`algorithm: auto` becomes what it stands for, for everything that follows; why.
-
-        Once there is a round it stays what it was, also where a higher cap would pay for another one.
-        """
-        if not self._why:
-            self.config, self._why = settled(self.config, self.prompts, self.teacher.capabilities)
-            rounds = [name for name in self.run_dir.checkpoints() if name != "sft"]
-            if self._why and rounds:
-                taken = OnPolicyConfig.model_validate(self.run_dir.made_with(rounds[0])["onpolicy"]).algorithm
-                loop = self.config.onpolicy.model_copy(update={"algorithm": taken})
-                self.config = self.config.model_copy(update={"onpolicy": loop})
-                self._why = f"{taken.name}, as in the rounds before"
-        return self._why
+    def _taken(self) -> AlgorithmConfig | None:
+        """The algorithm of the rounds that there are."""
+        for name in self.run_dir.checkpoints():
+            if name != "sft":
+                return OnPolicyConfig.model_validate(self.run_dir.made_with(name)["onpolicy"]).algorithm
+        return None
 
     def _judge(self, config: TeacherConfig | None, where: str) -> Teacher | None:
         """An endpoint that shares the teacher's budget."""

@@ -29,8 +29,7 @@ async def run(project: Project) -> dict[str, Any]:
     finished: dict[str, int] = {}
     if project.prompts.leaks:
         say(f"sample: {project.prompts.leaks}; sft will not train on them, see prompts.leaks")
-    cached = engine.cached
-    ask = project.teacher.sampler(config)
+    cached, ask = engine.cached, project.teacher.sampler(config)
     async for completion in ask(questions(project), total=wanted, known=False, description="sample"):
         finished[completion.finish_reason] = finished.get(completion.finish_reason, 0) + 1
     cached = engine.cached - cached

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
 
+from blackbox_kd.errors import ConfigError
 from blackbox_kd.types import SamplingParams, Split
 
 
@@ -157,7 +158,8 @@ class VllmConfig(Section):
 class UpdateConfig(Section):
     """The on-policy update: AdamW on the adapter, at a constant rate, its state handed from round to round."""
 
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float | None = Field(None, gt=0)
+    """null: the algorithm's own."""
     batch_size: int = Field(8, ge=1)
     """Samples (or pairs) per optimiser step, over all ranks."""
     micro_batch_size: int = Field(8, ge=1)
@@ -168,6 +170,17 @@ class UpdateConfig(Section):
     """Optimiser steps of a round; overrides num_epochs."""
     max_grad_norm: float = Field(1.0, gt=0)
     weight_decay: float = Field(0.0, ge=0)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, which a project takes from its algorithm where it is null.
+
+        Raises:
+            ConfigError: it is null, and there is no project.
+        """
+        if self.learning_rate is None:
+            raise ConfigError("onpolicy.update.learning_rate is null, and no algorithm says what it is")
+        return self.learning_rate
 
 
 class DiscriminatorConfig(Section):

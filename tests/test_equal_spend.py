@@ -24,6 +24,7 @@ from equal_spend import (
     TUNED,
     Arm,
     Run,
+    in_order,
     keep,
     key_of,
     least,
@@ -50,10 +51,11 @@ LIMITS = {DROP: 0.25}
 
 
 def row(arm: str, seed: int, kl: list[float], spend: int = 8000, drop: float = 0.0) -> dict[str, Any]:
-    held = dict.fromkeys(tables.KL, kl) | {"tokens": [2.0] * len(kl), "chrf": [50.0] * len(kl)}
+    chrf = {"chrf": [50.0] * len(kl)}
+    held = dict.fromkeys(tables.KL, kl) | {"tokens": [2.0] * len(kl)} | chrf
     return {"arm": arm, "seed": seed, "spend": spend, "trial": 0, "settings": {}, "held": 48, "answers": 1,
-            "prompts_per_round": 1, "steps": 6, "teacher_tokens": spend,
-            "prompts": {"heldout": held, "holdback": {DROP: [0.0, drop]}}}  # fmt: skip
+            "prompts_per_round": 1, "steps": 6, "teacher_tokens": spend, "device": "cpu", "wall_s": 60.0 * seed,
+            "prompts": {"heldout": held, "ood": chrf, "holdback": {DROP: [0.0, drop]} | chrf}}  # fmt: skip
 
 
 @pytest.mark.parametrize("spend", SPENDS)
@@ -169,7 +171,14 @@ def test_what_was_read_from_the_cache_costs_a_tenth() -> None:
     known = row("sft", 1, [1.0]) | {"prompt_tokens": 1_000_000, "cached_tokens": 500_000, "completion_tokens": 100_000}
     assert tables.usd(known) == pytest.approx(0.14 + 0.014 + 0.042)
     found = tables.summary([known, row("sft", 2, [1.0])], LIMITS)  # of the second nobody knows
-    assert tables.table(found).splitlines()[-1] == "| `sft` | 19.60 |"
+    assert "| US cents | 8,000 tokens |\n|---|---|\n| `sft` | 19.60 |" in tables.table(found)
+
+
+def test_the_table_has_all_that_is_measured_and_seconds_by_device() -> None:
+    rows = [row("sft", s, [0.5]) for s in (1, 2)] + [row("sft", 3, [0.5]) | {"device": "cuda", "wall_s": 7.0}]
+    *_, head, _, line = tables.table(tables.summary(rows, LIMITS)).splitlines()
+    assert head.startswith("| 8,000 tokens | `true_reverse_kl` | `tail_kl` | `teacher_nll` | `chrf_heldout` |")
+    assert line == "| `sft` | 0.250 | 0.250 | 0.250 | 50.0 | 50.0 | 50.0 | 90 (cpu), 7 (cuda) |"
 
 
 def test_what_was_measured_is_a_query_away(tmp_path: Path) -> None:
@@ -179,7 +188,16 @@ def test_what_was_measured_is_a_query_away(tmp_path: Path) -> None:
     sql = "SELECT split, name, value FROM metrics WHERE stage = 'equal_spend' AND step = 8000 AND round = 1"
     found = {(split, name): value for split, name, value in Corpus(path).rows(sql, [])}
     assert found["heldout", "chrf"] == 50.0
-    assert (found["holdback", DROP], found["train", "teacher_tokens"], len(found)) == (0.25, 8000, 7)
+    assert (found["holdback", DROP], found["train", "teacher_tokens"], len(found)) == (0.25, 8000, 9)
+
+
+def test_an_sft_is_trained_before_others_need_it_and_seed_by_seed(tmp_path: Path) -> None:
+    soft, kept = {"sft.trainer.num_train_epochs": 12}, {"share": 0.5, "onpolicy.replay": 0.7}
+    arms = {"gad": soft, "sft:soft": soft, "prefix": soft | kept, "relabel": soft | kept, "relabel:worst": soft}
+    runs = [Run(arm, 8_000, s, 0, more, 48, tmp_path, "cpu", 1) for s in (2, 1) for arm, more in arms.items()]
+    ordered = in_order(runs)
+    assert [run.seed for run in ordered] == [1] * 5 + [2] * 5
+    assert [run.arm for run in ordered[:5]] == ["gad", "prefix", "relabel", "sft:soft", "relabel:worst"]
 
 
 def test_two_studies_do_not_share_a_folder(tmp_path: Path) -> None:
@@ -197,7 +215,7 @@ def test_jobs_apart_share_what_was_trained_and_begin_with_what_was_asked(tmp_pat
         found = pool.submit(run_one, Run("sft", 8_000, 1, 0, {"nothing.like.it": 1}, 48, tmp_path, "cpu", 1)).result()
     assert "nothing" in str(found)
     (mine,) = tmp_path.glob("worker-*")
-    assert Corpus(mine / "corpus.duckdb").rows("SELECT count(*) FROM metrics", []) == [(7,)]
+    assert Corpus(mine / "corpus.duckdb").rows("SELECT count(*) FROM metrics", []) == [(9,)]
     assert (mine / "sft-8000-1.failed").exists()
     (mine / "sft" / "kept").touch()
     assert (tmp_path / "sft" / "kept").exists()

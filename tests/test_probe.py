@@ -12,8 +12,13 @@ import pytest
 import yaml
 
 from blackbox_kd.__main__ import main
+from blackbox_kd.command import overrides
+from blackbox_kd.config import load_config
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.errors import AlignmentError, ConfigError, TeacherRefused, TransientError
+from blackbox_kd.probe import ensure
+from blackbox_kd.project import Project
+from blackbox_kd.settings import Config
 from blackbox_kd.teachers import checks, scores
 from blackbox_kd.teachers.base import Capabilities, Reply
 from blackbox_kd.teachers.caller import PATHS
@@ -370,6 +375,37 @@ def test_a_rate_limit_is_no_answer_to_the_question() -> None:
     replies = iter([chat_reply("One two three four five"), error_reply(429, "slow down")])
     with pytest.raises(Exception, match="slow down"):
         probed(lambda *_: next(replies))
+
+
+PREFIX = ["--onpolicy.algorithm", "{name: prefix}", "--teacher.capabilities", "{n_max: 2}"]
+"""An algorithm that depends on what the endpoint can do, which nobody has told."""
+
+
+def test_a_run_probes_once_and_is_refused_before_anything_else_is_paid(
+    project_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = Corpus(project_file.parent / "run" / "corpus.duckdb")
+    calls = "SELECT purpose, count(*) FROM attempts JOIN requests USING (request_key) GROUP BY ALL"
+    asked = list[Any]()
+    for probes in (1, 0):
+        assert main(["run", "--config", str(project_file), *PREFIX]) == 3
+        said = capsys.readouterr().err
+        assert said.count("probing scripted") == probes
+        assert "algorithm prefix: the endpoint is not known to go on with a given text" in said
+        asked += corpus.rows(calls)
+    assert asked == [("probe", asked[0][1])] * 2
+
+
+def test_what_another_run_has_probed_meanwhile_counts(project_file: Path) -> None:
+    other = ["--run_dir", str(project_file.parent / "other")]
+    other += ["--corpus", str(project_file.parent / "run" / "corpus.duckdb")]
+    with (
+        Project(load_config(Config, str(project_file), overrides(PREFIX))) as ours,
+        Project(load_config(Config, str(project_file), overrides([*PREFIX, *other]))) as theirs,
+    ):
+        theirs.teacher.set_capabilities({"prefill": ("prefix", "tried")})
+        asyncio.run(ensure(ours))
+        assert ours.corpus.rows("SELECT count(*) FROM attempts") == [(0,)]
 
 
 @pytest.mark.slow

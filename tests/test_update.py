@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from blackbox_kd.algorithms.base import ce_sample
-from blackbox_kd.errors import AlignmentError, TrainingError
+from blackbox_kd.errors import AlignmentError, ConfigError, TrainingError
 from blackbox_kd.sections import StudentConfig, UpdateConfig
 from blackbox_kd.student.components import COMPONENTS
 from blackbox_kd.student.samples import batches
@@ -82,6 +82,11 @@ def test_micro_batches_do_not_change_the_step(tiny_model: Path, name: str, micro
 def test_every_component_falls_on_what_it_learns(student: Student, name: str) -> None:
     metrics = Updater(student, UpdateConfig(learning_rate=1e-2, max_steps=12)).run(streams(student, name), seed=0)
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 1e-3
+
+
+def test_a_learning_rate_that_nobody_has_set_is_refused(student: Student) -> None:
+    with pytest.raises(ConfigError, match="learning_rate is null"):
+        Updater(student, UpdateConfig())
 
 
 def test_components_of_one_step_add_up_each_under_its_own_count(student: Student) -> None:
@@ -172,7 +177,7 @@ def test_nothing_to_learn_is_an_error(student: Student) -> None:
     empty = TrainSample(sample_id="x", input_ids=[1, 2], weights={"ce": [0.0, 0.0]})
     for rows in ([], [empty]):
         with pytest.raises(TrainingError, match="would change nothing"):
-            Updater(student, UpdateConfig()).run(rows, seed=0)
+            Updater(student, UpdateConfig(learning_rate=1e-3)).run(rows, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -184,16 +189,18 @@ def test_nothing_to_learn_is_an_error(student: Student) -> None:
 )  # fmt: skip
 def test_streams_that_do_not_fit_are_an_error(student: Student, weights: dict[str, list[float]], said: str) -> None:
     with pytest.raises(AlignmentError, match=said):
-        Updater(student, UpdateConfig()).run([TrainSample(sample_id="x", input_ids=[1, 2], weights=weights)], seed=0)
+        Updater(student, UpdateConfig(learning_rate=1e-3)).run(
+            [TrainSample(sample_id="x", input_ids=[1, 2], weights=weights)], seed=0
+        )
 
 
 def test_a_pair_with_one_side_is_an_error(student: Student) -> None:
     with pytest.raises(AlignmentError, match="1 pairs without a chosen or a rejected answer, such as p1"):
-        Updater(student, UpdateConfig()).run(streams(student, "pair", 3), seed=0)
+        Updater(student, UpdateConfig(learning_rate=1e-3)).run(streams(student, "pair", 3), seed=0)
 
 
 def test_a_loss_that_is_not_a_number_stops(student: Student) -> None:
     with torch.no_grad():
         next(p for n, p in student.model.named_parameters() if "lora_B" in n).fill_(float("nan"))
     with pytest.raises(TrainingError, match="lower onpolicy"):
-        Updater(student, UpdateConfig()).run(samples(student), seed=0)
+        Updater(student, UpdateConfig(learning_rate=1e-3)).run(samples(student), seed=0)

@@ -113,13 +113,19 @@ class AlgorithmConfig(Section):
         """Whether it cannot do without the section `judge`."""
         return False
 
-    def resolve(
-        self, can: Capabilities, prompts: int, length: int, left: Callable[[], int | None]
-    ) -> tuple[AlgorithmConfig, str]:
+    @property
+    def learning_rate(self) -> float:
+        """Of the update, where the config names none: what did well in docs/equal_spend.md.
+
+        A text is drawn out of many that the teacher might have written: who learns it hard goes away from the teacher.
+        """
+        return 1e-4
+
+    def resolve(self, rounds: int, prompts: int, left: Callable[[], int | None]) -> tuple[AlgorithmConfig, str]:
         """The algorithm that is meant, and why: itself, but for `auto`.
 
-        `prompts` are those of all rounds, `length` the tokens of a rollout at most, `left()` the calls that the budget
-        leaves for all of them; None where it sets no limit.
+        `prompts` are those of one round, `left()` the calls that the budget leaves for all rounds; None where it sets
+        no limit.
         """
         return self, ""
 

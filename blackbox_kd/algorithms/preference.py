@@ -34,6 +34,11 @@ class PreferenceConfig(AlgorithmConfig):
     """Weight of the chosen answer's NLL, a token."""
 
     @property
+    def learning_rate(self) -> float:
+        """Of texts."""
+        return 1e-5
+
+    @property
     def losses(self) -> dict[str, dict[str, Any]]:
         """Of DPO."""
         return {"pair": {"beta": self.beta}}

@@ -38,6 +38,11 @@ class RelabelConfig(AlgorithmConfig):
     """Tokens."""
 
     @property
+    def learning_rate(self) -> float:
+        """A rewrite is a text."""
+        return 1e-5 if self.mode == "rewrite" else super().learning_rate
+
+    @property
     def calls_per_rollout(self) -> float:
         """The share that is asked about."""
         return self.worst_fraction or {"rewrite": 1.0, "afresh": 0.5}[self.mode]
@@ -63,11 +68,8 @@ class Relabel(Algorithm):
         teacher = tools.teacher
         self._config, self._teacher, self._renderer = config, teacher, tools.renderer
         self._soft = tools.soft if config.mode == "afresh" and config.temperature == 1 else None
-        self._sampling = SamplingParams(
-            temperature=config.temperature,
-            max_completion_length=config.max_completion_length,
-            top_logprobs=teacher.sample.top_logprobs if self._soft else None,
-        )
+        length, top = config.max_completion_length, teacher.sample.top_logprobs if self._soft else None
+        self._sampling = SamplingParams(temperature=config.temperature, max_completion_length=length, top_logprobs=top)
         system = teacher.config.prompt.template
         self._rewrite = RewritePrompt(system, config.template, config.examples, "onpolicy.algorithm")
 

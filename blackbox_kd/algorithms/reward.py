@@ -71,6 +71,11 @@ class RewardConfig(AlgorithmConfig):
     """Of the groups, that `evaluate.judge` grades too; at least one."""
 
     @property
+    def learning_rate(self) -> float:
+        """The best of n is a text."""
+        return 1e-5 if self.update == "best_of_n" else super().learning_rate
+
+    @property
     def losses(self) -> dict[str, dict[str, Any]]:
         """Of the policy gradient."""
         return {"pg": {"clip": self.clip}} if self.update == "pg" else {}

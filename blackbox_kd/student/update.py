@@ -39,7 +39,7 @@ class Updater:
         self.student, self.config, self.losses, self.ranks = student, config, losses or {}, ranks or Ranks()
         self.ranks.agree("the policy that they start from", (student.policy, state and file_hash(state)))
         self.parameters = [p for p in student.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.rate, weight_decay=config.weight_decay)
         if state is not None:
             self.optimizer.load_state_dict(torch.load(state, map_location=student.device, weights_only=True))
 
