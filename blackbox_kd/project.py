@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -15,7 +16,7 @@ from blackbox_kd.errors import ConfigError
 from blackbox_kd.hashing import content_id
 from blackbox_kd.lane import Lane
 from blackbox_kd.prompts import SPLITS, PromptSet, Template
-from blackbox_kd.run_dir import RunDir, round_of
+from blackbox_kd.run_dir import RunDir, committed, made_with, round_of
 from blackbox_kd.settings import Config, OnPolicyConfig
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.teachers.base import TeacherConfig
@@ -26,15 +27,13 @@ from blackbox_kd.types import Prompt, Request
 from blackbox_kd.winrate import most_questions
 
 
-def settled(
-    config: Config, prompts: PromptSet, taken: Callable[[], AlgorithmConfig | None] = lambda: None
-) -> tuple[Config, str]:
+def settled(config: Config, prompts: PromptSet) -> tuple[Config, str]:
     """The config with the on-policy algorithm that is meant and its learning rate, and why it is (`auto`).
 
     It does not depend on what has been spent: the same run makes the same choice again. Once there are rounds it stays
-    the one that they have `taken`, also where a higher cap would pay for another one.
+    the one that they have taken, also where a higher cap would pay for another one.
     """
-    loop = config.onpolicy
+    loop, fresh = config.onpolicy, unanswered(config, prompts)
 
     def left() -> int | None:
         cap = affordable(config, prompts)
@@ -43,12 +42,27 @@ def settled(
         judged = most_questions(fixed, loop.rounds + 2) if config.evaluate.judge else 0
         return None if cap is None else cap - asked - most_graded(config, prompts) - 2 * fixed - judged
 
-    chosen, why = loop.algorithm.resolve(loop.rounds, min(loop.prompts_per_round, prompts.count("train")), left)
-    if why and (before := taken()):
+    a_round = min(loop.prompts_per_round, prompts.count("train"))
+    chosen, why = loop.algorithm.resolve(loop.rounds, a_round, fresh, left)
+    if why and (before := taken(config.run_dir)):
         chosen, why = before, f"{before.name}, as in the rounds before"
     rate = loop.update.learning_rate or chosen.learning_rate
     update = loop.update.model_copy(update={"learning_rate": rate})
     return config.model_copy(update={"onpolicy": loop.model_copy(update={"algorithm": chosen, "update": update})}), why
+
+
+def taken(run_dir: Path) -> AlgorithmConfig | None:
+    """The algorithm of the rounds that there are."""
+    for name in committed(run_dir):
+        if name != "sft":
+            return OnPolicyConfig.model_validate(made_with(run_dir, name)["onpolicy"]).algorithm
+    return None
+
+
+def unanswered(config: Config, prompts: PromptSet) -> int:
+    """Prompts of the on-policy rounds beyond those that `sample` asks about."""
+    loop, train = config.onpolicy, prompts.count("train")
+    return max(0, min(loop.rounds * loop.prompts_per_round, train) - prompts.count("train", config.sample.max_prompts))
 
 
 def most_graded(config: Config, prompts: PromptSet) -> int:
@@ -85,7 +99,9 @@ class Project:
     """Everything that a stage works with, opened once; use as a context manager."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.why = config, ""
+        self.config = config
+        self.why = ""
+        """See `settled`."""
         self._stack = ExitStack()
 
     def __enter__(self) -> Project:
@@ -107,7 +123,7 @@ class Project:
             )
             self.judge = self._judge(config.judge, "judge")
             self.unseen = self._judge(config.evaluate.judge, "evaluate.judge")
-            self.config, self.why = settled(config, self.prompts, self._taken)
+            self.config, self.why = settled(config, self.prompts)
             config = self.config
             for name in self.run_dir.checkpoints():  # before the config of the run is overwritten
                 self.run_dir.done(name, self.settings_of(name))
@@ -123,13 +139,6 @@ class Project:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stack.close()
-
-    def _taken(self) -> AlgorithmConfig | None:
-        """The algorithm of the rounds that there are."""
-        for name in self.run_dir.checkpoints():
-            if name != "sft":
-                return OnPolicyConfig.model_validate(self.run_dir.made_with(name)["onpolicy"]).algorithm
-        return None
 
     def _judge(self, config: TeacherConfig | None, where: str) -> Teacher | None:
         """An endpoint that shares the teacher's budget."""

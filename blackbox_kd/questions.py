@@ -14,7 +14,7 @@ from blackbox_kd.corpus.history import History, judged, known
 from blackbox_kd.hashing import canonical_json
 from blackbox_kd.judging import conversation
 from blackbox_kd.progress import counting
-from blackbox_kd.project import most_graded, sample_questions
+from blackbox_kd.project import most_graded, sample_questions, unanswered
 from blackbox_kd.prompts import PromptSet, Template
 from blackbox_kd.run_dir import committed, round_of
 from blackbox_kd.settings import Config
@@ -99,13 +99,10 @@ def count_onpolicy(
     loop = config.onpolicy
     train = prompts.count("train")
     if loop.algorithm.reply_tokens is None:  # a prompt is asked about once, and those of `sample` were
-        fresh = max(
-            0, min(loop.rounds * loop.prompts_per_round, train) - prompts.count("train", config.sample.max_prompts)
-        )
-        asked = islice(prompts.stream("train"), train - fresh, None)
+        asked = islice(prompts.stream("train"), train - unanswered(config, prompts), None)
         return count(sample_questions(teacher, asked), config.corpus_path, config.teacher, per_byte)
     rollouts = min(loop.prompts_per_round, train) * loop.algorithm.rollouts_per_prompt
-    per_round = round(rollouts * loop.algorithm.calls_for(can, loop.max_completion_length))
+    per_round = max(1, round(rollouts * loop.algorithm.calls_for(can, loop.max_completion_length)))
     done = min(loop.rounds, max(map(round_of, committed(config.run_dir)), default=0))
     to_ask = (loop.rounds - max(0, done)) * per_round
     prompt_tokens = mean_of(seen.prompt_tokens)

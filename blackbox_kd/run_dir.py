@@ -98,10 +98,6 @@ class RunDir:
         shutil.rmtree(final, ignore_errors=True)  # left from before an earlier checkpoint was deleted and made anew
         partial.rename(final)
 
-    def made_with(self, name: str) -> dict[str, Any]:
-        """The settings of a committed checkpoint."""
-        return dict(json.loads((self.checkpoint(name) / SETTINGS_FILE).read_text()))
-
     def done(self, name: str, settings: Mapping[str, Any]) -> bool:
         """Whether the checkpoint exists already.
 
@@ -110,7 +106,7 @@ class RunDir:
         """
         if name not in self.checkpoints():
             return False
-        made = self.made_with(name)
+        made = made_with(self.path, name)
         if why := _differing(made, json.loads(json.dumps(settings))):
             raise ConfigError(
                 f"{self.checkpoint(name)} was made {why}; choose another --run_dir, or delete that folder and the "
@@ -136,6 +132,11 @@ def committed(path: Path) -> list[str]:
     found = [file.parent.name for file in (path / "checkpoints").glob(f"*/{SETTINGS_FILE}")]
     # A kill just before the rename leaves a whole folder under its partial name.
     return sorted((name for name in found if re.fullmatch(r"sft|round-\d+", name)), key=round_of)
+
+
+def made_with(path: Path, name: str) -> dict[str, Any]:
+    """The settings of a committed checkpoint of the run directory `path`."""
+    return dict(json.loads((path / "checkpoints" / name / SETTINGS_FILE).read_text()))
 
 
 def round_of(checkpoint: str) -> int:

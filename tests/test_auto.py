@@ -28,9 +28,16 @@ AUTO = ["--onpolicy.algorithm", "{name: auto, max_completion_length: 16}"]
     ("calls", "chosen"), [(None, "relabel"), (32, "relabel"), (31, "preference"), (-5, "preference")]
 )
 def test_new_answers_where_the_budget_pays_for_them(calls: int | None, chosen: str) -> None:
-    algorithm, why = AutoConfig().resolve(2, 32, lambda: calls)
+    algorithm, why = AutoConfig().resolve(2, 32, 0, lambda: calls)
     assert algorithm.name == chosen
     assert ("its 32 calls are more than the" in why) == (chosen == "preference")
+
+
+def test_what_would_take_no_less_is_no_way_out() -> None:
+    """Preference asks about each prompt that `sample` has not answered."""
+    assert AutoConfig().resolve(2, 40, 56, lambda: 38)[0].name == "relabel"
+    assert AutoConfig().resolve(2, 40, 39, lambda: 38)[0].name == "preference"
+    assert AutoConfig().resolve(2, 1, 0, lambda: 1)[0].name == "preference"  # of one rollout a round one is asked about
 
 
 def test_the_choice_is_between_the_best_of_the_study() -> None:
@@ -64,20 +71,14 @@ def test_every_cap_is_so_many_calls(project_file: Path, caps: dict[str, float], 
     assert affordable(config, PromptSet(config.prompts)) == afforded
 
 
-def test_plan_counts_the_calls_of_forced_decoding(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--onpolicy.algorithm", "{name: score}", "--teacher.capabilities", "{scoring: forced}"]
-    assert main(["plan", "--config", str(project_file), *flags, "--json"]) == 0
-    (stage,) = (s for s in json.loads(capsys.readouterr().out)["stages"] if s["stage"] == "onpolicy")
-    assert stage["questions"] == 2 * 3 * (8 + 1)
-
-
 def test_its_replies_are_as_long_as_it_is_told() -> None:
-    algorithm, _ = AutoConfig(max_completion_length=9).resolve(1, 1, lambda: None)
+    algorithm, _ = AutoConfig(max_completion_length=9).resolve(1, 1, 0, lambda: None)
     assert algorithm.reply_tokens == 9
 
 
 def test_a_run_makes_the_same_choice_again(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["run", "--config", str(project_file), *AUTO]
+    command = ["run", "--config", str(project_file), *AUTO, "--teacher.capabilities", "{scoring: none}"]
+    command += ["--onpolicy.update.learning_rate", "null"]
     assert main([*command, "--onpolicy.rounds", "1"]) == 0
     said = capsys.readouterr().err
     assert "onpolicy.algorithm auto: relabel afresh" in said
@@ -115,9 +116,12 @@ def test_what_the_choice_among_answers_takes_is_not_left_for_the_loop(
 
 
 def test_a_higher_cap_goes_on_with_what_was_chosen(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["run", "--config", str(project_file), *AUTO]
+    command = ["run", "--config", str(project_file), *AUTO, "--onpolicy.update.learning_rate", "null"]
     assert main([*command, "--max-tokens", str(23 * WORST)]) in (0, 4)
     assert "preference over fresh samples; not relabel afresh (" in capsys.readouterr().err
-    assert main([*command, "--max-tokens", str(200 * WORST), "--onpolicy.rounds", "3"]) == 0
+    higher = ["--max-tokens", str(200 * WORST), "--onpolicy.rounds", "3"]
+    assert main(["plan", *command[1:], *higher, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["algorithm"] == "preference, as in the rounds before"
+    assert main([*command, *higher]) == 0
     assert "preference, as in the rounds before" in capsys.readouterr().err
     assert (project_file.parent / "run" / "checkpoints" / "round-3").exists()

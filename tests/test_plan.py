@@ -192,3 +192,8 @@ def test_many_questions_are_looked_up_in_flat_memory(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert (found.questions, found.longest) == (3 * CHUNK, 6 * CHUNK)
     assert peak < 3000 * 2 * CHUNK  # two chunks at most
+
+
+def test_plan_counts_the_calls_of_forced_decoding(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--onpolicy.algorithm", "{name: score}", "--teacher.capabilities", "{scoring: forced}"]
+    assert planned(project_file, capsys, *flags)["onpolicy"]["questions"] == 2 * 3 * (8 + 1)

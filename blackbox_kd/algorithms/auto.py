@@ -3,8 +3,10 @@
 What it is: a choice, made once before the first round, after benchmarks/results/equal_spend.json (docs/equal_spend.md).
 No algorithm did better there than `relabel` afresh and `preference` over fresh samples. The first brings new answers
 in, and is taken where the budget pays for them: a budget in tokens or dollars counts as so many calls at their worst
-case. The second learns from the answers that `sample` has. Needs: chat. Costs: half a call a rollout, or none.
-What it does not do: it measures nothing. Where another algorithm is better on your task, name it.
+case. The second learns from the answers that `sample` has. Needs: chat. Costs: half a call a rollout, or none for
+prompts that `sample` has answered.
+What it does not do: it measures nothing, and the study had the teacher's top-logprobs to learn from. Where another
+algorithm is better on your task, name it.
 """
 
 from __future__ import annotations
@@ -28,15 +30,17 @@ class AutoConfig(AlgorithmConfig):
 
     @property
     def candidates(self) -> tuple[RelabelConfig, PreferenceConfig]:
-        """What it chooses from: the one that costs something, and the one that does not."""
+        """What it chooses from."""
         afresh = RelabelConfig(mode="afresh", max_completion_length=self.max_completion_length)
         return afresh, PreferenceConfig(rejected="fresh")
 
-    def resolve(self, rounds: int, prompts: int, left: Callable[[], int | None]) -> tuple[AlgorithmConfig, str]:
-        """The first where the budget pays for it."""
+    def resolve(
+        self, rounds: int, prompts: int, unanswered: int, left: Callable[[], int | None]
+    ) -> tuple[AlgorithmConfig, str]:
+        """The first where the budget pays for it, or the other would take no less."""
         afresh, preference = self.candidates
-        needed, calls = rounds * round(prompts * afresh.calls_per_rollout), left()
-        if calls is None or needed <= calls:
+        needed, calls = rounds * max(1, round(prompts * afresh.calls_per_rollout)), left()
+        if calls is None or needed <= max(calls, unanswered):
             return afresh, "relabel afresh"
         unpaid = f"not relabel afresh (its {needed} calls are more than the {max(0, calls)} that the budget leaves)"
         return preference, f"preference over fresh samples; {unpaid}"

@@ -39,8 +39,8 @@ class RelabelConfig(AlgorithmConfig):
 
     @property
     def learning_rate(self) -> float:
-        """A rewrite is a text."""
-        return 1e-5 if self.mode == "rewrite" else super().learning_rate
+        """Of a text, but for an answer whose alternatives can be learnt."""
+        return super().learning_rate if self.mode == "afresh" and self.temperature == 1 else 1e-5
 
     @property
     def calls_per_rollout(self) -> float:
