@@ -126,27 +126,43 @@ def same_answers(runs: Mapping[Any, Mapping[str, list[float]]]) -> list[float]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown, an arm a line, a spend a column: the mean true forward KL, and an arm minus each baseline over so many
-    seeds.
+    """Markdown: `headline`, and an arm minus the other baseline.
 
     Then what was lost on each hold-back task: the mean over seeds, and how many of them pass the gate; the price; and,
     spend by spend, whatever else is measured.
     """
-    spends = sorted({row["spend"] for row in found["rows"]})
-    arms = list(dict.fromkeys(row["arm"] for row in (*found["rows"], *found["failed"])))
-
-    def block(title: str, cell: Callable[[str, int], str]) -> list[str]:
-        head = f"| {title} |" + "".join(f" {spend:,} tokens |" for spend in spends)
-        lines = [f"| `{arm}` | " + " | ".join(cell(arm, spend) for spend in spends) + " |" for arm in arms]
-        return [head, "|---" * (len(spends) + 1) + "|", *lines]
-
-    blocks = [block("true forward KL", partial(_mean, found))]
-    blocks += [block(f"minus `{base}`", partial(_apart, found, base)) for base in BASELINES]
+    soft = BASELINES[1]
+    blocks = [headline(found), _block(found, f"minus `{soft}`", partial(_apart, found, soft))]
     for name, limit in found["limits"].items():
-        blocks.append(block(f"`{name}`, at most {limit:g}", partial(_lost, found, name)))
-    blocks.append(block("US cents", partial(_cents, found)))
-    blocks += [_outcomes(found, arms, spend) for spend in spends]
-    return "\n\n".join("\n".join(lines) for lines in blocks)
+        blocks.append(_block(found, f"`{name}`, at most {limit:g}", partial(_lost, found, name)))
+    blocks.append(_block(found, "US cents", partial(_cents, found)))
+    blocks += [_outcomes(found, spend) for spend in _spends(found)]
+    return "\n\n".join(blocks)
+
+
+def headline(found: dict[str, Any]) -> str:
+    """An arm a line, a spend a column: the mean true forward KL, and in brackets minus `sft` over so many seeds."""
+
+    def cell(arm: str, spend: int) -> str:
+        apart = _apart(found, BASELINES[0], arm, spend)
+        return _mean(found, arm, spend) + (f" ({apart})" if apart != "-" else "")
+
+    return _block(found, f"true forward KL (minus `{BASELINES[0]}`)", cell)
+
+
+def _spends(found: dict[str, Any]) -> list[int]:
+    return sorted({row["spend"] for row in found["rows"]})
+
+
+def _arms(found: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(row["arm"] for row in (*found["rows"], *found["failed"])))
+
+
+def _block(found: dict[str, Any], title: str, cell: Callable[[str, int], str]) -> str:
+    spends = _spends(found)
+    head = f"| {title} |" + "".join(f" {spend:,} tokens |" for spend in spends)
+    lines = [f"| `{arm}` | " + " | ".join(cell(arm, spend) for spend in spends) + " |" for arm in _arms(found)]
+    return "\n".join([head, "|---" * (len(spends) + 1) + "|", *lines])
 
 
 def _values(found: dict[str, Any], name: str, arm: str, spend: int) -> list[float]:
@@ -175,7 +191,7 @@ def _cents(found: dict[str, Any], arm: str, spend: int) -> str:
     return f"{100 * fmean(known):.2f}" if known else "-"
 
 
-def _outcomes(found: dict[str, Any], arms: Iterable[str], spend: int) -> list[str]:
+def _outcomes(found: dict[str, Any], spend: int) -> str:
     """The mean over seeds; seconds by device, since no two of them are alike."""
 
     def cells(arm: str) -> Iterator[str]:
@@ -189,8 +205,10 @@ def _outcomes(found: dict[str, Any], arms: Iterable[str], spend: int) -> list[st
         yield ", ".join(f"{fmean(took[device]):.0f} ({device})" for device in sorted(took)) or "-"
 
     head = [f"{spend:,} tokens", *(f"`{name}`" for name in OTHERS), "seconds"]
-    lines = [[f"`{arm}`", *cells(arm)] for arm in arms]
-    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
+    head_line, *lines = [
+        f"| {' | '.join(line)} |" for line in (head, *([f"`{arm}`", *cells(arm)] for arm in _arms(found)))
+    ]
+    return "\n".join([head_line, "|---" * len(head) + "|", *lines])
 
 
 def plot(found: dict[str, Any], path: Path) -> None:

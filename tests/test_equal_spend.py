@@ -143,7 +143,7 @@ def test_the_table_compares_with_both_baselines() -> None:
     rows = [row("sft", 1, [1.0, 1.0]), row("sft:soft", 1, [0.5, 0.5]), row("gad", 1, [0.75, 0.75])]
     text = tables.table(tables.summary(rows, LIMITS))
     minus = {head: block.splitlines() for block in text.split("\n\n") if (head := block.split("|")[1].strip())}
-    assert "| `gad` | -0.125 [-0.125, -0.125], 1 |" in minus["minus `sft`"]
+    assert "| `gad` | 0.375 (-0.125 [-0.125, -0.125], 1) |" in minus["true forward KL (minus `sft`)"]
     assert "| `gad` | +0.125 [+0.125, +0.125], 1 |" in minus["minus `sft:soft`"]
 
 
