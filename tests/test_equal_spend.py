@@ -262,6 +262,7 @@ def test_a_run_that_failed_and_was_made_again_counts_once(tmp_path: Path) -> Non
 def test_the_page_has_the_tables_of_the_result() -> None:
     result = json.loads((RESULTS / "equal_spend.json").read_text())
     assert tables.table(result) in Path("docs/equal_spend.md").read_text()
+    assert tables.headline(result) in Path("README.md").read_text()
 
 
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:
