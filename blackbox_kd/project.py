@@ -33,7 +33,7 @@ def settled(config: Config, prompts: PromptSet) -> tuple[Config, str]:
     It does not depend on what has been spent: the same run makes the same choice again. Once there are rounds it stays
     the one that they have taken, also where a higher cap would pay for another one.
     """
-    loop, fresh = config.onpolicy, unanswered(config, prompts)
+    loop = config.onpolicy
 
     def left() -> int | None:
         cap = affordable(config, prompts)
@@ -43,7 +43,7 @@ def settled(config: Config, prompts: PromptSet) -> tuple[Config, str]:
         return None if cap is None else cap - asked - most_graded(config, prompts) - 2 * fixed - judged
 
     a_round = min(loop.prompts_per_round, prompts.count("train"))
-    chosen, why = loop.algorithm.resolve(loop.rounds, a_round, fresh, left)
+    chosen, why = loop.algorithm.resolve(loop.rounds, a_round, unanswered(config, prompts), left)
     if why and (before := taken(config.run_dir)):
         chosen, why = before, f"{before.name}, as in the rounds before"
     rate = loop.update.learning_rate or chosen.learning_rate
