@@ -39,6 +39,7 @@ from blackbox_kd.config import find_file, load_config
 from blackbox_kd.losses import divergence, token_logprobs
 from blackbox_kd.project import Project
 from blackbox_kd.settings import Config
+from blackbox_kd.sft_trainer import build_trainer
 from blackbox_kd.soft_labels import label
 from blackbox_kd.student.render import IGNORE, Rendered
 from blackbox_kd.student.student import Student, first_kept, logits_from
@@ -187,9 +188,7 @@ def train(arm: str, seed: int, flags: argparse.Namespace, extra: Sequence[str]) 
         truth = Truth(project, student, config.evaluate.top_logprobs or 20)
         answers = sft.training_answers(project)
         rows, coverage = sft.labelled(project, student, answers)
-        trainer = sft.build_trainer(
-            student, config, sft.fitting(student, rows), [], flags.out / f"trainer-{arm}-{seed}"
-        )
+        trainer = build_trainer(student, config, sft.fitting(student, rows), [], flags.out / f"trainer-{arm}-{seed}")
         trainer.args.max_steps, trainer.args.save_strategy = max(flags.steps), "no"
         looks = Looks(truth, student, flags.steps)
         looks.found[0] = truth.measure(student)

@@ -49,14 +49,14 @@ def write_report(project: Project) -> None:
 
 def check(project: Project) -> None:
     """Everything that can be known to be wrong before anything is paid."""
-    from blackbox_kd import sft
+    from blackbox_kd.sft_trainer import trainer_config
     from blackbox_kd.student.student import Student
     from blackbox_kd.student.trainer import check_soft
 
     project.prompts.refuse_leaks()
     config = project.config
     evaluate.check(project)
-    args = sft.trainer_config(config, project.run_dir.path / "trainer", has_dev=config.sft.dev_fraction > 0)
+    args = trainer_config(config, project.run_dir.path / "trainer", has_dev=config.sft.dev_fraction > 0)
     if config.sft.soft_labels and config.sample.top_logprobs:
         check_soft(args)
     student = Student(config.student, seed=config.seed)

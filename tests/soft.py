@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from blackbox_kd.align import SoftLabels
-from blackbox_kd.sft import Row
+from blackbox_kd.sft_trainer import Row
 from blackbox_kd.student.render import IGNORE, Rendered
 from blackbox_kd.student.student import Student
 

@@ -23,7 +23,7 @@ LAYERS: dict[str, float] = {
     "model_card": 4, "vllm": 4, "rollout": 4, "sample": 4, "sft": 4, "onpolicy": 4, "evaluate": 4, "run": 4,
     "probe": 4, "export": 4, "sql": 4, "status": 4, "serve": 4, "plan": 4, "show": 4, "doctor": 4, "compact": 4,
     "curate": 4, "yardstick": 4, "replay": 4, "trainee": 4, "report": 4, "tasks": 4, "diversity": 4, "winrate": 4,
-    "harness": 4, "questions": 4,
+    "harness": 4, "questions": 4, "sft_trainer": 4,
     "__main__": 5,
 }  # fmt: skip
 

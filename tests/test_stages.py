@@ -148,6 +148,7 @@ def test_sft_that_was_killed_goes_on_from_its_last_epoch(
     from blackbox_kd.config import load_config
     from blackbox_kd.project import Project
     from blackbox_kd.settings import Config
+    from blackbox_kd.sft_trainer import build_trainer
     from blackbox_kd.student.student import Student
 
     flags = overrides([*stretch, "--run_dir", str(folder / "killed")])
@@ -158,7 +159,7 @@ def test_sft_that_was_killed_goes_on_from_its_last_epoch(
         rows = sft.labelled(project, student, answers)[0]
         train, dev = sft.split_dev(list(zip(answers, rows, strict=True)), project.config.sft.dev_fraction)
         work = project.run_dir.path / "trainer"
-        trainer = sft.build_trainer(student, project.config, train, dev, work)
+        trainer = build_trainer(student, project.config, train, dev, work)
 
         from transformers import TrainerCallback
 

@@ -20,7 +20,7 @@ from blackbox_kd.config import load_config
 from blackbox_kd.errors import AlignmentError, ConfigError
 from blackbox_kd.sections import StudentConfig
 from blackbox_kd.settings import Config
-from blackbox_kd.sft import Row, build_trainer, metric_rows
+from blackbox_kd.sft_trainer import Row, build_trainer, metric_rows
 from blackbox_kd.student.render import IGNORE
 from blackbox_kd.student.student import Student
 from blackbox_kd.student.trainer import TEACHER_COLUMNS, DistillationTrainer, SoftCollator, dataset
