@@ -12,10 +12,10 @@ COMMANDS = {
     "probe": ("probe", "what the endpoint can do, by about a dozen short calls"),
     "sample": ("sample", "ask the teacher, keep everything"),
     "curate": ("curate", "which of the teacher's answers sft will not learn, and why"),
-    "sft": ("sft", "sequence-level stage: a LoRA student on teacher text"),
+    "sft": ("sft", "sequence-level stage: a LoRA student on the teacher's answers and top-logprobs"),
     "onpolicy": (
         "onpolicy",
-        "the student writes, the teacher relabels, the student is updated on its own samples",
+        "the student writes, the teacher gives feedback, the student learns from its own samples",
     ),
     "evaluate": ("evaluate", "base, sft and each round on held-out, out-of-domain and hold-back prompts"),
     "report": ("report", "a run as one self-contained HTML page"),

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources, util
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -183,14 +183,27 @@ def _members(annotation: Any) -> list[type[BaseModel]]:
 def walk(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Every dotted key with its help: the attribute docstring and the default."""
     for name, info in model.model_fields.items():
-        key = prefix + name
-        members = _members(info.annotation)
+        key, members = prefix + name, _members(info.annotation)
         if not members:
             default = "required" if info.is_required() else f"default {info.get_default(call_default_factory=True)!r}"
+            if get_origin(info.annotation) is Literal:
+                default = f"{', '.join(map(str, get_args(info.annotation)))}; {default}"
             yield key, f"{' '.join((info.description or '').split())} [{default}]".strip()
-        seen: set[str] = set()
-        for member in members:
-            for inner in walk(member, f"{key}."):
-                if inner[0] not in seen:
-                    seen.add(inner[0])
-                    yield inner
+        elif info.discriminator:
+            yield from _walk_union(members, str(info.discriminator), f"{key}.")
+        else:
+            yield from walk(members[0], f"{key}.")
+
+
+def _walk_union(members: Sequence[type[BaseModel]], discriminator: str, prefix: str) -> Iterator[tuple[str, str]]:
+    """The keys of all members; whose a key is, and where members explain it in other words, whose words."""
+    names = [str(member.model_fields[discriminator].default) for member in members]
+    told: dict[str, dict[str, list[str]]] = {}
+    for name, member in zip(names, members, strict=True):
+        for key, text in walk(member, prefix):
+            told.setdefault(key, {}).setdefault(text, []).append(name)
+    for key, texts in told.items():
+        if key == prefix + discriminator:
+            yield key, f"One of {', '.join(names)}. [required]"
+        else:
+            yield key, " | ".join(text if of == names else f"{', '.join(of)}: {text}" for text, of in texts.items())

@@ -137,7 +137,7 @@ class SftConfig(Section):
     early_stopping_patience: int = Field(1, ge=1)
     """Evaluations without a better dev loss before training stops; the best checkpoint is kept."""
     trainer: dict[str, Any] = {}
-    """Goes to trl.SFTConfig untouched (learning_rate, num_train_epochs, per_device_train_batch_size, ...)."""
+    """Goes to trl.SFTConfig untouched (learning_rate, which is 3e-4 unless it is given, num_train_epochs, ...)."""
 
 
 class VllmConfig(Section):

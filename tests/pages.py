@@ -37,8 +37,8 @@ def blocks(language: str, page: str = "") -> list[Block]:
 
 
 def lines(language: str, start: str) -> list[str]:
-    """Lines of all such blocks that begin with `start`, each once."""
-    text = "\n".join(block.text for block in blocks(language))
+    """Lines of all such blocks that begin with `start`, each once and with what a backslash carries over."""
+    text = "\n".join(block.text for block in blocks(language)).replace("\\\n", " ")
     return list(dict.fromkeys(line for line in text.splitlines() if line.startswith(start)))
 
 

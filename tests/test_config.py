@@ -310,6 +310,16 @@ def test_every_key_has_one_line_of_help_with_its_default() -> None:
     assert lines["student.model"].endswith("[required]")
     assert {"teacher.gguf", "teacher.base_url", "teacher.price.input", "onpolicy.algorithm.mode"} <= set(lines)
     assert not any("\n" in line for line in lines.values())
+    assert lines["onpolicy.algorithm.mode"] == "relabel: [rewrite, afresh; default 'rewrite']"
+
+
+def test_a_key_of_several_choices_is_explained_for_each() -> None:
+    lines = dict(walk(Config))
+    assert lines["teacher.provider"] == "One of openai, local, scripted. [required]"
+    assert lines["teacher.give_up_s"].count("[default") == 1  # all say the same
+    parts = lines["teacher.concurrency"].split(" | ")
+    assert [part.partition(":")[0] for part in parts] == ["openai", "local", "scripted"]
+    assert [part.rpartition(" ")[2] for part in parts] == ["128]", "4]", "8]"]
 
 
 def test_validate_names_its_source() -> None:

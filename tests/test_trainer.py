@@ -20,7 +20,7 @@ from blackbox_kd.config import load_config
 from blackbox_kd.errors import AlignmentError, ConfigError
 from blackbox_kd.sections import StudentConfig
 from blackbox_kd.settings import Config
-from blackbox_kd.sft_trainer import Row, build_trainer, metric_rows
+from blackbox_kd.sft_trainer import Row, build_trainer, metric_rows, trainer_config
 from blackbox_kd.student.render import IGNORE
 from blackbox_kd.student.student import Student
 from blackbox_kd.student.trainer import TEACHER_COLUMNS, DistillationTrainer, SoftCollator, dataset
@@ -57,6 +57,13 @@ def fresh(tiny_model: Path, *, seed: int = 0, std: float = 0.05) -> Student:
 
 
 Build = Callable[..., DistillationTrainer]
+
+
+def test_a_lora_learns_faster_than_trl_would_let_it_unless_it_is_told(project_file: Path, tmp_path: Path) -> None:
+    config = load_config(Config, str(project_file), overrides(["--sft.trainer", "{num_train_epochs: 2}"]))
+    assert trainer_config(config, tmp_path, has_dev=False).learning_rate == 3e-4
+    config = load_config(Config, str(project_file), overrides(["--sft.trainer.learning_rate", "2e-5"]))
+    assert trainer_config(config, tmp_path, has_dev=False).learning_rate == 2e-5
 
 
 @pytest.fixture
