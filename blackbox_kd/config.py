@@ -95,7 +95,7 @@ def dump_config(data: Mapping[str, Any]) -> str:
 def _read_yaml(text: str, what: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise ConfigError(f"{what}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
@@ -132,7 +132,7 @@ def _explain(model: type[BaseModel], error: ErrorDetails) -> str:
         tag = f"{context.get('tag')!r} is none of" if "tag" in context else "this key is required, one of"
         return f"{where}.{str(context['discriminator']).strip(chr(39))}: {tag} {', '.join(names)}"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"{where}: should be a section with keys of its own, it is {error['input']!r}"
+        return f"{where}: should be a section with keys of its own, it is a {type(error['input']).__name__}"
     message = error["msg"].replace("Input should be", "should be").replace("Value error, ", "")
     if not keys:  # of several sections together; it names them
         return message

@@ -31,9 +31,17 @@ DATASETS = {
 
 
 def run(corpus: Path, out: Path) -> dict[str, int]:
-    """Write the files; rows by file name. A data set without rows is not written."""
+    """Write the files; rows by file name. A data set without rows is not written.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+        CorpusError: the corpus cannot be read, or a file not be written.
+    """
     _, tables = query(corpus, "SELECT table_name FROM duckdb_tables() ORDER BY ALL")
-    (out / "tables").mkdir(parents=True, exist_ok=True)
+    try:
+        (out / "tables").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: {error.strerror}") from error
     written = {}
     for name, select in DATASETS.items():
         for target in (out / f"{name}.parquet", out / f"{name}.jsonl"):

@@ -159,10 +159,11 @@ def _expected(token: TokenLogprob | None) -> float | None:
     """None where no digit is to be seen."""
     if token is None or not re.fullmatch(r"\d", token.token.strip()):
         return None
-    shown = {top.token.strip(): math.exp(top.logprob) for top in (token, *token.top_logprobs)}
-    mass = {int(digit): p for digit, p in shown.items() if re.fullmatch("[0-9]", digit)}
-    total = sum(mass.values())
-    return sum(digit * p for digit, p in mass.items()) / total if total else None
+    shown = {top.token: math.exp(top.logprob) for top in (token, *token.top_logprobs)}
+    # a digit may be several tokens, with blanks in front of it and without
+    mass = [(int(text), p) for text, p in shown.items() if re.fullmatch("[0-9]", text.strip())]
+    total = sum(p for _, p in mass)
+    return sum(digit * p for digit, p in mass) / total if total else None
 
 
 def _keys(answers: int) -> list[str]:

@@ -161,6 +161,7 @@ class Project:
         return Tools(
             self.teacher, renderer, config.student, lane, config.seed, judge=self.judge, unseen=self.unseen,
             soft=config.sft.soft if config.sft.soft_labels else None,
+            dropped=frozenset(curation.dropped(self.corpus, self.run_id)),
         )  # fmt: skip
 
     @property
@@ -183,12 +184,13 @@ class Project:
         Without those that this run's curation dropped (`curate.apply`).
         """
         by_id = {prompt.prompt_id: prompt for prompt in self.sampled_prompts}
-        keys = [request.request_key for request in self.sample_requests()]
+        # Not by a completion's own prompt_id: that is the one of whoever asked the same first.
+        asked = {request.request_key: by_id[request.prompt_id] for request in self.sample_requests()}
         with self.corpus.connect():
-            dropped, answers = curation.dropped(self.corpus, self.run_id), self.corpus.whole_answers(keys)
+            dropped, answers = curation.dropped(self.corpus, self.run_id), self.corpus.whole_answers(list(asked))
         return [
-            (by_id[prompt_id], completion_id, text.strip())
-            for prompt_id, completion_id, text in answers
+            (asked[key], completion_id, text.strip())
+            for key, completion_id, text in answers
             if completion_id not in dropped
         ]
 

@@ -35,7 +35,12 @@ class Replay:
     def __init__(self, project: Project, renderer: Renderer) -> None:
         config = project.config
         self._seed, self._share, self._renderer = config.seed, config.onpolicy.replay, renderer
-        self._rows, self._soft = project.training_rows() if self._share else [], config.sft.soft
+        self._soft, rows, longest = (
+            config.sft.soft,
+            project.training_rows() if self._share else [],
+            config.student.max_length,
+        )
+        self._rows = [row for row in rows if len(renderer.render(row[0].messages, row[2]).input_ids) <= longest]
         same = options(SoftLossConfig()) | losses(config.sft, config.onpolicy.algorithm)["topk_kl"]
         texts = [(completion_id, text) for _, completion_id, text in self._rows]
         if not config.sft.soft_labels or same != options(self._soft):

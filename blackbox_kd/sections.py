@@ -17,7 +17,13 @@ from blackbox_kd.types import SamplingParams, Split
 class Section(BaseModel):
     """A part of the YAML: unknown keys are errors, values do not change, attribute docstrings are the help."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        hide_input_in_errors=True,  # it may hold a secret
+        allow_inf_nan=False,
+    )
 
 
 class PromptsConfig(Section):

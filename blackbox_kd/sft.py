@@ -25,7 +25,17 @@ from blackbox_kd.hashing import content_id
 from blackbox_kd.model_card import write_card
 from blackbox_kd.progress import counting, say
 from blackbox_kd.project import Project
-from blackbox_kd.sft_trainer import FixedSetLooks, Row, StepProgress, build_trainer, metric_rows, report, trainer_steps
+from blackbox_kd.sft_trainer import (
+    FixedSetLooks,
+    Row,
+    StepProgress,
+    build_trainer,
+    go_on,
+    learnt_steps,
+    metric_rows,
+    report,
+    trainer_steps,
+)
 from blackbox_kd.soft_labels import label, labelled_tokens
 from blackbox_kd.student.student import Student
 from blackbox_kd.types import Prompt, scorer
@@ -59,7 +69,9 @@ async def run(project: Project) -> dict[str, Any]:
     keep_if_same(work, settings | {"rows": content_id(seen)})
     trainer = build_trainer(student, config, train_rows, dev_rows, work)
     trainer.add_callback(FixedSetLooks(Looks(project, student, partial(report, trainer))))
-    if not (half_way := get_last_checkpoint(str(work))):
+    if half_way := get_last_checkpoint(str(work)):
+        go_on(trainer, Path(half_way))
+    else:
         project.begin("sft")
     with counting("sft", trainer_steps(trainer)) as progress:
         trainer.add_callback(StepProgress(progress))
@@ -67,10 +79,10 @@ async def run(project: Project) -> dict[str, Any]:
     with run_dir.committing("sft", settings) as folder:
         student.save(folder)
         data = {"teacher answers learnt": len(train_rows), "kept aside for the dev loss": len(dev_rows)}
-        how = f"sequence-level stage, {trainer.state.global_step} optimiser steps"
+        how = f"sequence-level stage, {learnt_steps(trainer)} optimiser steps"
         write_card(folder, project, "sft", how, data, [row.completion_id for row in train_rows])
-    project.log("sft", metric_rows(trainer.state.log_history))
-    project.log("sft", [{"checkpoint": "sft", "name": name, "value": value} for name, value in coverage.items()])
+        measured = [{"checkpoint": "sft", "name": name, "value": value} for name, value in coverage.items()]
+        project.log("sft", [*metric_rows(trainer.state.log_history), *measured])
     shutil.rmtree(work)
     say(f"sft: {trainer.state.global_step} steps, best dev loss {trainer.state.best_metric}")
     return {"checkpoint": str(run_dir.checkpoint("sft")), "steps": trainer.state.global_step, **coverage}
@@ -118,7 +130,9 @@ def keep_if_same(work: Path, settings: dict[str, Any]) -> None:
         work.mkdir(parents=True)
         note.write_text(text, "utf-8")
     for folder in work.glob("checkpoint-*"):
-        if not (folder / "trainer_state.json").exists():  # written last
+        try:
+            json.loads((folder / "trainer_state.json").read_text("utf-8"))  # written last
+        except (OSError, ValueError):
             shutil.rmtree(folder)
 
 

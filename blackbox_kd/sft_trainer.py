@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from blackbox_kd.align import SoftLabels
 from blackbox_kd.errors import AlignmentError, BlackboxKDError, ConfigError, TrainingError
 from blackbox_kd.progress import Counter
+from blackbox_kd.run_dir import write_atomically
 from blackbox_kd.settings import Config
 from blackbox_kd.student.load import pick_device
 from blackbox_kd.student.render import Rendered
@@ -82,7 +84,7 @@ def _one_line() -> Iterator[None]:
         yield
     except BlackboxKDError:
         raise
-    except (TypeError, ValueError, NotImplementedError) as error:
+    except (TypeError, ValueError, NotImplementedError, ImportError) as error:
         said = " ".join(str(error).replace("SFTConfig.__init__() ", "").split())
         raise ConfigError(f"sft.trainer: {said}") from error
 
@@ -110,8 +112,9 @@ def build_trainer(
         ConfigError: see `trainer_config`.
     """
     datasets.disable_progress_bars()
-    stopping = [EarlyStoppingCallback(config.sft.early_stopping_patience)] if dev else []
     args = trainer_config(config, work, has_dev=bool(dev))
+    watched = bool(dev) and args.metric_for_best_model and args.eval_strategy != "no"
+    stopping = [EarlyStoppingCallback(config.sft.early_stopping_patience)] if watched else []
     if any(row.soft for row in (*train, *dev)):
         check_soft(args)
     with _one_line():
@@ -131,6 +134,26 @@ def build_trainer(
     check_rows(train, trainer.train_dataset)
     check_rows(dev, trainer.eval_dataset or ())
     return trainer
+
+
+def go_on(trainer: DistillationTrainer, checkpoint: Path) -> None:
+    """Before a training goes on from a checkpoint: what transformers would get wrong.
+
+    It trains on where early stopping had ended it, and looks for its best checkpoint by the path of the first start.
+    """
+    file = checkpoint / "trainer_state.json"
+    state = json.loads(file.read_text("utf-8"))
+    if best := state.get("best_model_checkpoint"):
+        state["best_model_checkpoint"] = str(checkpoint.with_name(Path(best).name))
+        write_atomically(file, json.dumps(state))
+    if state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {}).get("should_training_stop"):
+        trainer.args.max_steps = state["global_step"]
+
+
+def learnt_steps(trainer: DistillationTrainer) -> int:
+    """Optimiser steps of the weights that are kept: those of the best checkpoint, where that is loaded at the end."""
+    best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+    return int(best or trainer.state.global_step)
 
 
 def report(trainer: DistillationTrainer, step: int, values: dict[str, float]) -> None:

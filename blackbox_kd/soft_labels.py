@@ -92,6 +92,9 @@ def label(corpus: Corpus, renderer: Renderer, model: str, by: str, answers: Sequ
     """
     with corpus.connect():
         scored, vocab = corpus.scored_tokens([completion_id for completion_id, _ in answers], by), corpus.vocab(model)
+    shown = {int(i) for tokens in scored.values() for i in (*tokens.token_ids, *tokens.top_ids.ravel())}
+    # by what the answers themselves show: the same answers have the same labels, whatever else is asked afterwards
+    vocab = {token_id: token for token_id, token in vocab.items() if token_id in shown}
     none = Labelled([None] * len(answers), same=False)
     if not any(tokens.top_ids.size for tokens in scored.values()):
         return none
@@ -106,22 +109,42 @@ def label(corpus: Corpus, renderer: Renderer, model: str, by: str, answers: Sequ
 
 
 def aligner_of(
-    corpus: Corpus, student: StudentVocab, renderer: Renderer, model: str, by: str, more: Sequence[Scored]
+    corpus: Corpus,
+    student: StudentVocab,
+    renderer: Renderer,
+    model: str,
+    by: str,
+    more: Sequence[Scored],
+    *,
+    written_by_teacher: bool = True,
 ) -> Aligner:
-    """An aligner for the scorer `by` of a model that has learnt from `more` and from stored whole answers."""
+    """An aligner for the scorer `by` of a model that has learnt from `more` and from stored whole answers.
+
+    Where `more` is not of the teacher's own writing, it says nothing of what becomes of the teacher's tokens.
+    """
     with corpus.connect():
         stored, vocab = corpus.whole_scored(by, LEARN_FROM), corpus.vocab(model)
         tokens = corpus.scored_tokens([completion_id for completion_id, _ in stored], by)
     texts = [(text.strip(), tokens[completion_id]) for completion_id, text in stored]
-    return learnt(vocab, student, [*more, *((text, each, renderer.completion(text)) for text, each in texts)])
+    own = [(text, each, renderer.completion(text)) for text, each in texts]
+    return learnt(vocab, student, [*more, *own], own=None if written_by_teacher else own)
 
 
-def learnt(vocab: Mapping[int, VocabToken], student: StudentVocab, answers: Sequence[Scored]) -> Aligner:
-    """From whole answers: which tokens end one, whether there is one tokenizer, what comes of ambiguous tokens."""
+def learnt(
+    vocab: Mapping[int, VocabToken],
+    student: StudentVocab,
+    answers: Sequence[Scored],
+    *,
+    own: Sequence[Scored] | None = None,
+) -> Aligner:
+    """From whole answers: which tokens end one, whether there is one tokenizer, what comes of ambiguous tokens.
+
+    The last is learnt from what the teacher wrote by itself: `own`, else all of them.
+    """
     ends = learn_end_ids(vocab, [(text, tokens) for text, tokens, _ in answers])
     same = same_tokenizer(vocab, student, answers, end_ids=ends)
     aligner = Aligner(vocab, student, end_ids=ends, same=same)
-    aligner.observe(answers)
+    aligner.observe(answers if own is None else own)
     return aligner
 
 

@@ -33,11 +33,17 @@ def corpus_of(flag: Path | None) -> Path:
     """The corpus that is meant.
 
     Raises:
-        ConfigError: none is named and there is no run below ./runs.
+        ConfigError: none is named, and there is no run below ./runs or none that has one.
     """
     if flag is not None:
         return flag
-    return Path(yaml.safe_load((last_run("a corpus with --corpus FILE") / "config.yaml").read_text("utf-8"))["corpus"])
+    run_dir = last_run("a corpus with --corpus FILE")
+    config = yaml.safe_load((run_dir / "config.yaml").read_text("utf-8"))
+    if isinstance(config, dict) and config.get("corpus"):
+        return Path(config["corpus"])
+    if (inside := run_dir / "corpus.duckdb").exists():  # a config that was put there by hand
+        return inside
+    raise ConfigError(f"{run_dir / 'config.yaml'} names no corpus: name one with --corpus FILE")
 
 
 def last_run(otherwise: str) -> Path:

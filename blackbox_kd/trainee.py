@@ -83,12 +83,12 @@ class Trainee:
         """Train on a round's samples and commit it; its metrics."""
         project, student, loop, name = self.project, self.student, self.loop, checkpoints(self.project)[round_]
         seed, run_dir = project.config.seed, project.run_dir
-        replayed = self.replay.draw(len({s.pair_id or s.sample_id for s in outcome.samples}), round_)
-        samples = fitting([*outcome.samples, *replayed], project.config.student.max_length)
-        samples = referenced(student, samples, run_dir.checkpoint("sft"), loop.rollout_batch_size)
+        learnt = fitting(outcome.samples, project.config.student.max_length)
+        replayed = self.replay.draw(len({s.pair_id or s.sample_id for s in learnt}), round_)
+        samples = referenced(student, [*learnt, *replayed], run_dir.checkpoint("sft"), loop.rollout_batch_size)
         metrics = {
             **health.of_rollouts(rollouts),
-            "feedback": len(outcome.feedback),
+            "feedback": len({said.completion_id for said in outcome.feedback}),
             "feedback_failed": outcome.failed / max(1, outcome.asked),
             "replayed": len(replayed),
             "staleness": min(loop.max_staleness, round_ - 1),
@@ -113,9 +113,9 @@ class Trainee:
                 "teacher answers replayed": len(replayed),
             }
             write_card(folder, project, name, how, data, [sample.sample_id for sample in samples])
-        project.log("onpolicy", metric_rows(name, round_, metrics, steps))
+            project.log("onpolicy", metric_rows(name, round_, metrics, steps))  # a kill behind it repeats the same rows
         student.policy, self.done = student.policy_of(run_dir.checkpoint(name)), round_
-        say(f"onpolicy: {name}: {len(rollouts)} rollouts, {len(outcome.feedback)} with feedback, "
+        say(f"onpolicy: {name}: {len(rollouts)} rollouts, {metrics['feedback']} with feedback, "
             f"{len(replayed)} replayed, "
             f"{len(steps)} steps, loss {steps[0]['loss']:.3f} -> {steps[-1]['loss']:.3f}")  # fmt: skip
         return {**outcome.metrics, **metrics, "loss": steps[-1]["loss"]}

@@ -235,6 +235,10 @@ def test_what_became_of_a_token_is_learnt() -> None:
     assert (after.mapped, after.ambiguous) == pytest.approx((0.84, 0.16))
     real = aligner.align("ab", tokens(vocab, ("a", 0.4, drawn), ("b", 0.6, drawn)), [2])
     assert read(real, student) == [{"ab": 0.4, "b": 0.6}]
+    forced = aligner.align(
+        "ab", tokens(vocab, ("a", 0.4, drawn), ("b", 0.6, drawn)), [2], written_by_teacher=False
+    )  # it was only made to read "ab": that is no reason to take all of its "a" for the student's "ab"
+    assert read(forced, student) == [{"b": 0.6, "a": 0.24}]
 
 
 def test_places_of_which_only_the_candidates_are_known() -> None:

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from blackbox_kd import sample
 from blackbox_kd.corpus import Corpus
 from blackbox_kd.corpus.heartbeat import Heartbeat, read_heartbeats
 from blackbox_kd.errors import BudgetExhausted, ConfigError, TeacherError, TeacherRefused, TeacherUnreachable
 from blackbox_kd.sections import SampleConfig
+from blackbox_kd.teachers.batch import lines
 from blackbox_kd.teachers.batch.batches import Batches
 from blackbox_kd.teachers.batch.ledger import Ledger
-from blackbox_kd.teachers.batch.lines import question_line
+from blackbox_kd.teachers.batch.lines import question_line, read_lines
 from blackbox_kd.teachers.batch.submit import Packer
 from blackbox_kd.teachers.budget import BudgetConfig
 from blackbox_kd.teachers.engine import Engine
@@ -213,14 +215,17 @@ def test_second_answers_strangers_and_torn_lines_are_said_and_left_out(
     assert corpus.rows("SELECT count(*), sum(prompt_tokens)::BIGINT FROM attempts") == [(1, 7)]
 
 
-def test_an_answer_that_cannot_be_read_stays_pending(corpus: Corpus) -> None:
+def test_an_answer_that_cannot_be_read_stays_pending(corpus: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
     def wrong(lines: list[Line]) -> Ending:
         return "completed", [answer(lines[0]), answer(lines[1], body={"choices": "none"})], None
 
     with served(FakeBatchAPI(wrong)) as api:
         assert ask(api.url, corpus, questions(2)) == echoes(0)
-    assert corpus.rows("SELECT status, billed FROM attempts WHERE error IS NOT NULL") == [(200, None)]
+    ((status, billed, error),) = corpus.rows("SELECT status, billed, error FROM attempts WHERE error IS NOT NULL")
+    assert (status, billed) == (200, None)
+    assert error.endswith('; the reply: {"choices": "none"}')  # it is paid for
     assert corpus.rows("SELECT count(*) FROM pending") == [(1,)]
+    assert "; the reply" not in capsys.readouterr().err
 
 
 def test_logprobs_that_were_asked_for_and_did_not_come_are_said(
@@ -365,6 +370,33 @@ def test_a_batch_that_was_made_but_not_noted_is_found_by_its_marker(corpus: Corp
         assert (len(api.batches), under_way(corpus)) == (2, ["None"])
         assert ask(api.url, corpus, questions(2)) == echoes(0, 1)
     assert (len(api.batches), api.uploads) == (2, 2)
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_a_batch_is_not_made_again_where_nobody_can_tell_whether_it_was(corpus: Corpus, status: int) -> None:
+    class Reluctant(FakeBatchAPI):
+        is_listed = False
+
+        async def list(self, request: web.Request) -> web.Response:
+            return await super().list(request) if self.is_listed else error_reply(status, "no scope for that")
+
+    with served(Reluctant()) as api:
+        api.lose = {"created"}
+        stop_when(lambda: not api.lose, batches(api.url, corpus), questions(2))
+        with pytest.raises(TeacherUnreachable, match=r"cannot tell whether batch .* was made: .*no scope.*run again"):
+            ask(api.url, corpus, questions(2))
+        assert under_way(corpus) == ["None"]
+        api.is_listed = True
+        assert ask(api.url, corpus, questions(2)) == echoes(0, 1)
+    assert len(api.batches) == 1
+
+
+def test_a_line_that_is_nested_too_deeply_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "output.jsonl"
+    path.write_bytes(b'{"custom_id":"a","x":' + b"[" * 5000 + b"\n" + b'{"custom_id":"b"}\n')
+    odd, good = read_lines(path, bytes)
+    assert isinstance(odd, str)
+    assert isinstance(good, lines.Line)
 
 
 def test_polling_goes_on_where_it_stopped(corpus: Corpus, capsys: pytest.CaptureFixture[str]) -> None:

@@ -153,3 +153,30 @@ def test_wrong_sql_is_one_line(
     assert corpus.spend(RUN_ID)["calls"] == 0
     assert main(["sql", "selec 1", "--corpus", str(tmp_path / "c.duckdb")]) == 2
     assert "syntax error" in capsys.readouterr().err.lower()
+
+
+def test_the_corpus_of_a_run_whose_config_does_not_name_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from blackbox_kd.corpus import Corpus
+
+    monkeypatch.chdir(tmp_path)
+    run_dir = tmp_path / "runs" / "mine"
+    run_dir.mkdir(parents=True)
+    for text in ("seed: 1", "corpus: null", ""):
+        (run_dir / "config.yaml").write_text(text)
+        assert main(["sql", "select 42"]) == 2
+        assert "config.yaml names no corpus: name one with --corpus FILE" in capsys.readouterr().err
+    Corpus(run_dir / "corpus.duckdb")
+    assert main(["sql", "select 42"]) == 0
+    assert "42" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from blackbox_kd.corpus import Corpus
+
+    Corpus(tmp_path / "c.duckdb")
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    assert main(["export-corpus", "--out", str(out), "--corpus", str(tmp_path / "c.duckdb")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: --out {out}: Not a directory"

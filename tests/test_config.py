@@ -135,13 +135,20 @@ def test_a_key_of_another_provider_is_not_offered_as_its_own_correction(load: Lo
                                              "(and 1 more)"),
         ("student.lora.layers_to_transform", "[-1]",
          "student.lora.layers_to_transform: should be greater than or equal to 0, it is -1"),
-        ("sample", "", "sample: should be a section with keys of its own, it is None"),
-        ("teacher.extra_body", "[1]", "teacher.extra_body: should be a section with keys of its own, it is [1]"),
+        ("sample", "", "sample: should be a section with keys of its own, it is a NoneType"),
+        ("teacher.extra_body", "[1]", "teacher.extra_body: should be a section with keys of its own, it is a list"),
+        ("sample.temperature", ".inf", "sample.temperature: should be a finite number, it is inf"),
+        ("sample.top_p", ".nan", "sample.top_p: should be a finite number, it is nan"),
         ("onpolicy.algorithm.name", "relable", f"onpolicy.algorithm.name: 'relable' is none of {', '.join(NAMES)}"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_one_line_with_key_and_value(load: Load, flag: str, value: str, said: str) -> None:
     assert complaint(load, f"--{flag}", value) == said
+
+
+@pytest.mark.parametrize("value", ["{since: 2025-01-31}", "{x: [.inf]}", "{x: {1: 2, a: 3}}"])
+def test_what_is_sent_has_to_be_json(load: Load, value: str) -> None:
+    assert complaint(load, "--teacher.extra_body", value).startswith("teacher.extra_body: it is no JSON: ")
 
 
 @pytest.mark.parametrize(
@@ -192,7 +199,8 @@ def test_a_flag_fills_a_section_that_the_file_leaves_empty(load: Load) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [(["n", "3"], "what is 'n'?"), (["--sample.n"], "--sample.n needs a value"),
-     (["--sample.n", "--seed", "1"], "--sample.n needs a value"), (["--sample.n", "[1"], "--sample.n: not valid YAML")],
+     (["--sample.n", "--seed", "1"], "--sample.n needs a value"), (["--sample.n", "[1"], "--sample.n: not valid YAML"),
+     (["--run_dir", "2025-31-01"], "--run_dir: not valid YAML: month must be in 1..12")],
 )  # fmt: skip
 def test_a_broken_flag_is_one_line(load: Load, flags: list[str], said: str) -> None:
     assert said in complaint(load, *flags)

@@ -18,9 +18,10 @@ import pytest
 
 from blackbox_kd.corpus import Corpus, export, query
 from blackbox_kd.corpus.journal import Answered, Record, Segment
+from blackbox_kd.corpus.logprobs import Vocabs
 from blackbox_kd.errors import CorpusBusy, CorpusError
 from blackbox_kd.hashing import content_id
-from blackbox_kd.types import Completion, Feedback, Request, TokenLogprob, TopLogprob, scorer
+from blackbox_kd.types import Completion, Feedback, Request, Scores, TokenLogprob, TopLogprob, scorer
 from tests.conftest import RUN_ID
 from tests.records import (
     CONTEXT,
@@ -429,12 +430,10 @@ def test_teacher_rows_are_whole_answers_to_train_prompts(corpus: Corpus) -> None
 
 def test_what_can_be_learnt_are_the_whole_answers_to_just_these_requests(corpus: Corpus) -> None:
     sampled(corpus)
-    every = corpus.rows(
-        "SELECT request_key::VARCHAR, prompt_id::VARCHAR, completion_id::VARCHAR, text FROM completions"
-    )
-    (key,) = {row[0] for row in every if row[3] == "good"}
+    every = corpus.rows("SELECT request_key::VARCHAR, completion_id::VARCHAR, text FROM completions")
+    (key,) = {row[0] for row in every if row[2] == "good"}
     found = corpus.whole_answers([key])
-    expected = [row[1:] for row in every if row[0] == key and row[3] in ("good", "good too")]
+    expected = [row for row in every if row[0] == key and row[2] in ("good", "good too")]
     assert found == sorted(expected, key=lambda row: row[1])
     assert corpus.whole_answers([]) == []
 
@@ -690,3 +689,41 @@ def test_threads_that_open_and_close_at_the_same_time_wait_for_each_other(corpus
 
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(look, range(200))) == 200
+
+
+def test_threads_that_bring_new_tokens_at_the_same_time_give_each_an_id_of_its_own(corpus: Corpus) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    asked = [request(sample_idx=i) for i in range(160)]
+    corpus.add_requests(asked)
+
+    def bring(writer: int) -> None:
+        vocabs = Vocabs()
+        for batch in range(5):
+            numbers = range(40 * writer + 8 * batch, 40 * writer + 8 * batch + 8)
+            texts = {i: [f"{i} {word} " for word in range(6)] for i in numbers}
+            made = [
+                answered(completion(asked[i], text="".join(said), logprobs=[token(text, -1.0) for text in said]))
+                for i, said in texts.items()
+            ]
+            assert corpus.try_ingest(made, vocabs=vocabs, wait_s=30.0)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(bring, range(4)))
+    found = corpus.answers([r.request_key for r in asked])
+    assert (corpus.refused, len(found)) == (0, 160)
+    for (choice,) in found.values():
+        assert "".join(t.token for t in choice.logprobs or []) == choice.text
+
+
+def test_tokens_that_a_refused_batch_loses_are_not_remembered(corpus: Corpus) -> None:
+    vocabs, asked = Vocabs(), [request(sample_idx=i) for i in range(3)]
+    corpus.add_requests(asked)
+    lost = Scores(completion_id="no uuid", model="m", logprobs=[token("lost", -1.0)])
+    assert corpus.try_ingest([Answered(attempt=attempt(asked[0]), scores=lost)], vocabs=vocabs)
+    assert corpus.refused == 1
+    for i, text in enumerate(("of another thread", "lost"), 1):  # as many as were lost
+        made = completion(asked[i], text=text, logprobs=[token(text, -1.0)])
+        assert corpus.try_ingest([answered(made)], vocabs=Vocabs() if i == 1 else vocabs)
+        (found,) = corpus.answers([asked[i].request_key])[asked[i].request_key]
+        assert [t.token for t in found.logprobs or []] == [text]

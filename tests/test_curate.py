@@ -17,6 +17,7 @@ from blackbox_kd.best_of_n import best_of_n
 from blackbox_kd.command import overrides, parser
 from blackbox_kd.config import load_config
 from blackbox_kd.corpus import Corpus, query
+from blackbox_kd.curate import sampled
 from blackbox_kd.curation import Answer, CurateConfig
 from blackbox_kd.errors import TeacherError
 from blackbox_kd.project import Project
@@ -91,6 +92,26 @@ def test_a_refusal_a_loop_and_a_duplicate_are_in_the_corpus_and_not_trained_on(
     }  # fmt: skip
     assert main(["sft", "--config", str(egg_file), "--curate.refusal", "off"]) == 2
     assert "was made with curate.refusal 'drop', the config now says 'off'" in capsys.readouterr().err
+
+
+def test_answers_to_the_same_question_from_another_prompt_are_learnt(egg_file: Path) -> None:
+    """The system message moves from the prompts into the teacher's own: it is asked the same, of other prompts."""
+    data, template = egg_file.parent / "data" / "train.jsonl", egg_file.parent / "brief.j2"
+    template.write_text("Be brief.")
+
+    def write(*system: dict[str, str]) -> None:
+        asked = [{"messages": [*system, {"role": "user", "content": text}]} for text in REPLIES]
+        data.write_text("".join(json.dumps(row) + "\n" for row in asked))
+
+    write({"role": "system", "content": "Be brief."})
+    assert main(["sample", "--config", str(egg_file)]) == 0
+    before = trained_on(egg_file)
+    write()
+    flags = ["--teacher.prompt.template", str(template)]
+    assert trained_on(egg_file, *flags) == before != []
+    with Project(load_config(Config, str(egg_file), overrides(flags))) as project:
+        assert {answer.prompt.text for answer in sampled(project)} == set(REPLIES)
+        assert all(len(prompt.messages) == 1 for prompt, _, _ in project.training_rows())
 
 
 def test_a_rule_that_is_turned_off_takes_its_rows_back(egg_file: Path) -> None:

@@ -229,7 +229,7 @@ def test_retries_count_against_the_concurrency_too(corpus: Corpus) -> None:
 
 
 def test_a_passing_failure_is_asked_again_and_each_call_is_a_row(corpus: Corpus) -> None:
-    statuses = [408, 409, 425, 500, 502, 503, 529]
+    statuses = [409, 425, 500, 502, 503, 529, 408, 504, 524]
 
     def fails_first(body: dict[str, Any], _: web.Request) -> Answer:
         text = body["messages"][-1]["content"]
@@ -242,7 +242,8 @@ def test_a_passing_failure_is_asked_again_and_each_call_is_a_row(corpus: Corpus)
     for request, status in zip(questions(len(statuses)), statuses, strict=True):
         rows = corpus.rows("""SELECT status, error, billed, completion_tokens FROM attempts
                               WHERE request_key = ?::UUID ORDER BY attempted_at""", [request.request_key])  # fmt: skip
-        assert rows == [(status, f"HTTP {status}: try later", False, 0), (200, None, True, 3)]
+        billed = None if status in (408, 504, 524) else False  # a gateway gave up waiting, the model may have gone on
+        assert rows == [(status, f"HTTP {status}: try later", billed, 0), (200, None, True, 3)]
 
 
 def test_retries_are_bounded_and_the_question_stays_pending_for_the_next_call(corpus: Corpus) -> None:

@@ -135,14 +135,32 @@ def test_its_state_is_all_of_it(student: StudentConfig, renderer: Renderer) -> N
 
 
 def feedback(
-    corpus: Corpus, renderer: Renderer, student: StudentConfig, rollouts: list[Rollout], reply: str, **more: object
+    corpus: Corpus,
+    renderer: Renderer,
+    student: StudentConfig,
+    rollouts: list[Rollout],
+    reply: str,
+    dropped: frozenset[str] = frozenset(),
+    **more: object,
 ) -> Outcome:
     async def ask() -> Outcome:
         async with Teacher(ScriptedTeacherConfig(reply=reply), corpus, RUN_ID) as teacher:
             config = GadConfig(num_generations=2, discriminator=DiscriminatorConfig(**(QUICK | more)))
-            return await config.build(tools(teacher, renderer, student)).feedback(rollouts, 1)
+            given = tools(teacher, renderer, student)._replace(dropped=dropped)
+            return await config.build(given).feedback(rollouts, 1)
 
     return asyncio.run(ask())
+
+
+def test_an_answer_that_curation_dropped_is_no_text_of_the_teacher(
+    corpus: Corpus, renderer: Renderer, student: StudentConfig
+) -> None:
+    rollouts = pairs_of(renderer, 8)
+    feedback(corpus, renderer, student, rollouts, "one")
+    (key,) = corpus.rows("SELECT completion_id::VARCHAR FROM completions WHERE author = 'teacher' ORDER BY ALL LIMIT 1")
+    outcome = feedback(corpus, renderer, student, rollouts, "one", frozenset(key))
+    assert len(outcome.feedback) == len(rollouts) - 2
+    assert outcome.failed == 0
 
 
 def pairs_of(renderer: Renderer, count: int) -> list[Rollout]:

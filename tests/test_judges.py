@@ -102,7 +102,7 @@ def test_a_teacher_that_is_told_to_compare_its_own_answers_does(project_file: Pa
         (["--evaluate.judge", "{provider: scripted, concurrency: 2}"],
          "evaluate.judge: 'scripted' is the teacher itself, which likes its own answers best; name another model, or "
          "say evaluate.judge: {same_as: teacher}"),
-        (["--judge", "teacher"], "judge: should be a section with keys of its own, it is 'teacher'"),
+        (["--judge", "teacher"], "judge: should be a section with keys of its own, it is a str"),
     ],
 )  # fmt: skip
 def test_a_wrong_judge_is_one_line(project_file: Path, flags: list[str], said: str) -> None:

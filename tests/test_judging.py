@@ -216,6 +216,11 @@ def test_a_grade_is_the_mean_over_the_digits_that_are_shown() -> None:
     assert expected_grades(written, 2) == pytest.approx([(3 * 0.4 + 5 * 0.2) / 0.6, 4.0])
 
 
+def test_a_digit_that_is_two_tokens_has_the_mass_of_both() -> None:
+    written = tokens('{"answer_1":', " 7", "}", _7={" 7": 0.6, "7": 0.1, " 3": 0.2, "3": 0.1})
+    assert expected_grades(written, 1) == pytest.approx([7 * 0.7 + 3 * 0.3])
+
+
 @pytest.mark.parametrize(
     "written",
     [

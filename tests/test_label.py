@@ -102,6 +102,16 @@ def test_the_students_own_tokens_come_out_as_they_are(corpus: Corpus, renderer: 
     assert shares(found) == near({"coverage": 1.0, "captured_mass": 2.75 / 3, "ambiguous_mass": 0.0})
 
 
+def test_the_same_answers_have_the_same_labels_whatever_is_asked_afterwards(corpus: Corpus, renderer: Renderer) -> None:
+    """A teacher that is seen to own " three" would no longer begin it with " th"."""
+    (made,) = store(corpus, {"one two": words()})
+    before = labels_of(corpus, renderer, made)
+    store(corpus, {"three": [token(" three", -0.5, (" three", -0.5))]})
+    after = labels_of(corpus, renderer, made)
+    assert masses(before.labels[0], 1, renderer) == masses(after.labels[0], 1, renderer)
+    assert before.metrics() == after.metrics()
+
+
 def test_another_tokenizer_meets_the_student_where_both_cut(corpus: Corpus, renderer: Renderer) -> None:
     """The student writes one| two. Of " th" it may make " t" or " three": ambiguous. " ten" begins with its " t"."""
     (made,) = store(corpus, {"one two": words()})

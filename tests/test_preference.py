@@ -29,10 +29,18 @@ from tests.rollouts import renderer, rollout, tools
 __all__ = ["renderer"]  # a fixture
 
 
-def feedback(corpus: Corpus, renderer: Renderer, rollouts: list[Rollout], reply: str, **config: Any) -> Outcome:
+def feedback(
+    corpus: Corpus,
+    renderer: Renderer,
+    rollouts: list[Rollout],
+    reply: str,
+    dropped: frozenset[str] = frozenset(),
+    **config: Any,
+) -> Outcome:
     async def ask() -> Outcome:
         async with Teacher(ScriptedTeacherConfig(reply=reply), corpus, RUN_ID, sample=SampleConfig()) as teacher:
-            return await PreferenceConfig(**config).build(tools(teacher, renderer)).feedback(rollouts, 1)
+            given = tools(teacher, renderer)._replace(dropped=dropped)
+            return await PreferenceConfig(**config).build(given).feedback(rollouts, 1)
 
     return asyncio.run(ask())
 
@@ -56,7 +64,20 @@ def test_the_teachers_answer_is_chosen_over_the_sample(corpus: Corpus, renderer:
 def test_an_equal_answer_makes_no_pair_and_is_no_failure(corpus: Corpus, renderer: Renderer) -> None:
     rollouts = [rollout(renderer, "Say 1", " one\n"), rollout(renderer, "Say 2", "two")]
     outcome = feedback(corpus, renderer, rollouts, "one")
-    assert (len(outcome.samples), outcome.failed, outcome.metrics) == (2, 0, {"equal_answers": 0.5})
+    assert (len(outcome.samples), outcome.failed, outcome.metrics) == (
+        2,
+        0,
+        {"equal_answers": 0.5, "dropped_answers": 0.0},
+    )
+
+
+def test_an_answer_that_curation_dropped_is_not_chosen(corpus: Corpus, renderer: Renderer) -> None:
+    rollouts = [rollout(renderer, "Say 1", "wun"), rollout(renderer, "Say 2", "two")]
+    first, second = feedback(corpus, renderer, rollouts, "one").feedback
+    dropped = frozenset({first.target_completion_id or ""})
+    outcome = feedback(corpus, renderer, rollouts, "one", dropped)
+    assert [said.target_completion_id for said in outcome.feedback] == [second.target_completion_id]
+    assert (len(outcome.samples), outcome.failed, outcome.metrics["dropped_answers"]) == (2, 0, 0.5)
 
 
 def test_an_empty_answer_is_a_failure(corpus: Corpus, renderer: Renderer) -> None:

@@ -75,6 +75,14 @@ def test_a_template_that_generates_behind_another_prompt_is_refused(tiny_model: 
         Renderer(tokenizer, [tokenizer.eos_token_id])
 
 
+@pytest.mark.parametrize("form", ['strftime_now("%d %b %Y")', "strftime_now( '%d %b %Y' )"])
+def test_a_template_that_tells_todays_date_says_the_same_tomorrow(tiny_model: Path, form: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = "{{ '<|im_start|>system\\nToday: ' + " + form + " + '<|im_end|>\\n' }}" + TEMPLATE
+    renderer = Renderer(tokenizer, [tokenizer.eos_token_id])
+    assert "Today: 26 Jul 2024" in tokenizer.decode(renderer.prompt([{"role": "user", "content": "Hi"}]))
+
+
 def test_a_tokenizer_without_template_is_refused(tiny_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = None

@@ -46,6 +46,13 @@ def test_more_places_than_rows_is_said(sampled: Path, capsys: pytest.CaptureFixt
     assert "only 6 teacher rows for 20 places" in capsys.readouterr().err
 
 
+def test_a_row_that_is_too_long_takes_no_place(sampled: Path) -> None:
+    lengths = sorted(len(sample.input_ids) for sample in replayed(sampled, targets=60))
+    longest = lengths[len(lengths) // 2]
+    kept = replayed(sampled, "--student.max_length", str(longest), targets=60)
+    assert [len(sample.input_ids) <= longest for sample in kept] == [True] * sum(n <= longest for n in lengths)
+
+
 def test_their_labels_are_those_of_sft(sampled: Path) -> None:
     samples = {s.sample_id: s for s in replayed(sampled, targets=60)}
     with Project(load_config(Config, str(sampled))) as project:

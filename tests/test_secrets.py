@@ -104,3 +104,63 @@ def test_the_records_of_a_batch_are_without_it_while_it_is_under_way_and_after_i
     assert corpus_text(tmp_path).count("not with ***") >= 2
     assert (seen, told(tmp_path)) == ([], [])
     assert SECRET not in "".join(capfd.readouterr()) + corpus_text(tmp_path)
+
+
+@BOTH
+@pytest.mark.parametrize("written", ["Bearer $MY_TEACHER_KEY", "Bearer ${MY_TEACHER_KEY}"])
+def test_an_endpoint_that_repeats_the_key_out_of_a_header_does_not_get_it_written(
+    tmp_path: Path, transport: str, written: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def tells(body: dict[str, Any], request: web.Request) -> Answer:
+        return error_reply(400, f"no such key: {request.headers['authorization'].removeprefix('Bearer ')}")
+
+    with served(FakeAPI(tells, key=SECRET)) as api:
+        teacher = {"transport": transport, "extra_headers": {"Authorization": written}}
+        assert sample.main(["--config", write_config(tmp_path, api.url, teacher=teacher), "--debug"]) == 3
+    assert len(api.bodies) == 4
+    assert corpus_text(tmp_path).count("no such key: ***") >= 2 * 4
+    assert told(tmp_path) == []
+    assert SECRET not in "".join(capfd.readouterr()) + corpus_text(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        (
+            {"extra_headers": {"X-Key": "Bearer $NOT_SET"}},
+            "extra_headers.X-Key: environment variable NOT_SET is not",
+        ),
+        ({"client_options": {"api_key": "${NOT_SET}"}}, "client_options.api_key: environment variable NOT_SET is not"),
+        ({"extra_headers": {"X-Key": "$ODD_KEY"}}, "extra_headers.X-Key: its value holds a character"),
+        ({"client_options": {"api_key": "$ODD_KEY"}}, "client_options.api_key: its value holds a character"),
+        ({"api_key_env": "ODD_KEY"}, "the key in that variable holds a character"),
+        ({"api_key_env": SECRET}, "teacher.api_key_env is the name of an environment variable, not the key itself"),
+        ({"base_url": f"http://127.0.0.1:9/v1?api-version=1&api-key={SECRET}"}, "in its parameter 'api-key'"),
+        ({"base_url": f"http://127.0.0.1:9/v1?sig={SECRET}"}, "in its parameter 'sig'"),
+    ],
+)
+@pytest.mark.parametrize("odd", ["\u201c", "\n"])
+def test_a_key_that_cannot_be_sent_is_one_line_that_does_not_quote_it(
+    tmp_path: Path,
+    teacher: dict[str, Any],
+    said: str,
+    odd: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("ODD_KEY", f"{SECRET}{odd}{SECRET}")
+    path = write_config(tmp_path, "http://127.0.0.1:9/v1", teacher=teacher)
+    assert sample.main(["--config", path]) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert said in line
+    assert SECRET not in line
+    assert told(tmp_path) == ["run.yaml"] * (SECRET in str(teacher))
+
+
+def test_a_section_that_is_a_key_is_not_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = write_config(tmp_path, "http://127.0.0.1:9/v1", teacher={"extra_headers": SECRET})
+    assert sample.main(["--config", path, "--debug"]) == 2
+    err = capfd.readouterr().err
+    assert "teacher.extra_headers: should be a section with keys of its own, it is a str" in err
+    assert "Traceback" in err
+    assert SECRET not in err

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from blackbox_kd.__main__ import main
 from blackbox_kd.corpus import query
@@ -146,6 +146,7 @@ def test_sft_that_was_killed_goes_on_from_its_last_epoch(
     import blackbox_kd.sft as sft
     from blackbox_kd.command import overrides
     from blackbox_kd.config import load_config
+    from blackbox_kd.hashing import content_id
     from blackbox_kd.project import Project
     from blackbox_kd.settings import Config
     from blackbox_kd.sft_trainer import build_trainer
@@ -154,9 +155,10 @@ def test_sft_that_was_killed_goes_on_from_its_last_epoch(
     flags = overrides([*stretch, "--run_dir", str(folder / "killed")])
     with Project(load_config(Config, str(project_file), flags)) as project:
         student = Student(project.config.student, seed=project.config.seed)
-        sft.keep_if_same(project.run_dir.path / "trainer", project.settings_of("sft"))
         answers = sft.training_answers(project)
         rows = sft.labelled(project, student, answers)[0]
+        seen = content_id([(row.completion_id, row.soft is not None) for row in rows])
+        sft.keep_if_same(project.run_dir.path / "trainer", project.settings_of("sft") | {"rows": seen})
         train, dev = sft.split_dev(list(zip(answers, rows, strict=True)), project.config.sft.dev_fraction)
         work = project.run_dir.path / "trainer"
         trainer = build_trainer(student, project.config, train, dev, work)
@@ -171,8 +173,13 @@ def test_sft_that_was_killed_goes_on_from_its_last_epoch(
         trainer.add_callback(Kill())
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
-    assert main(["sft", "--config", str(project_file), *stretch, "--run_dir", str(folder / "killed")]) == 0
+    shutil.copytree(folder / "killed", folder / "changed")
+    for weights in (folder / "changed" / "trainer").glob("checkpoint-*/adapter_model.safetensors"):
+        save_file({name: 0 * value for name, value in load_file(weights).items()}, weights)
+    for run in ("killed", "changed"):
+        assert main(["sft", "--config", str(project_file), *stretch, "--run_dir", str(folder / run)]) == 0
     assert same(adapter(project_file, "sft"), adapter(project_file, "sft", "killed"))
+    assert not same(adapter(project_file, "sft"), adapter(project_file, "sft", "changed"))  # it did not begin anew
 
 
 def test_other_settings_do_not_mix_with_an_old_checkpoint(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,7 +211,7 @@ def test_a_killed_sft_is_not_continued_under_other_settings(tmp_path: Path) -> N
     for name, whole in (("checkpoint-1", True), ("checkpoint-2", False)):
         (work / name).mkdir()
         if whole:
-            (work / name / "trainer_state.json").touch()
+            (work / name / "trainer_state.json").write_text("{}")
     keep_if_same(work, {"lr": 1})
     assert sorted(p.name for p in work.glob("checkpoint-*")) == ["checkpoint-1"]
     keep_if_same(work, {"lr": 2})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from blackbox_kd.config import load_config
 from blackbox_kd.errors import AlignmentError, ConfigError
 from blackbox_kd.sections import StudentConfig
 from blackbox_kd.settings import Config
-from blackbox_kd.sft_trainer import Row, build_trainer, metric_rows, trainer_config
+from blackbox_kd.sft_trainer import Row, build_trainer, go_on, metric_rows, trainer_config
 from blackbox_kd.student.render import IGNORE
 from blackbox_kd.student.student import Student
 from blackbox_kd.student.trainer import TEACHER_COLUMNS, DistillationTrainer, SoftCollator, dataset
@@ -479,11 +480,29 @@ def test_a_killed_sft_does_not_go_on_with_other_rows(tmp_path: Path) -> None:
     settings = {"seed": 1}
     sft.keep_if_same(tmp_path / "trainer", settings | {"rows": "a"})
     (tmp_path / "trainer" / "checkpoint-2").mkdir()
-    (tmp_path / "trainer" / "checkpoint-2" / "trainer_state.json").touch()
+    (tmp_path / "trainer" / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    (tmp_path / "trainer" / "checkpoint-4").mkdir()
+    (tmp_path / "trainer" / "checkpoint-4" / "trainer_state.json").touch()  # the disk was full
     sft.keep_if_same(tmp_path / "trainer", settings | {"rows": "a"})
     assert (tmp_path / "trainer" / "checkpoint-2").exists()
+    assert not (tmp_path / "trainer" / "checkpoint-4").exists()
     sft.keep_if_same(tmp_path / "trainer", settings | {"rows": "b"})
     assert not (tmp_path / "trainer" / "checkpoint-2").exists()
+
+
+def test_a_training_that_early_stopping_ended_is_not_gone_on_with(
+    student: Student, build: Build, tmp_path: Path
+) -> None:
+    trainer = build(student, mixed(student), block={"num_train_epochs": 9})
+    checkpoint = tmp_path / "trainer" / "checkpoint-4"
+    checkpoint.mkdir(parents=True)
+    state = {"global_step": 4, "best_model_checkpoint": "elsewhere/trainer/checkpoint-2",
+             "stateful_callbacks": {"TrainerControl": {"args": {"should_training_stop": True}}}}  # fmt: skip
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    go_on(trainer, checkpoint)
+    assert trainer.args.max_steps == 4
+    told = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert told["best_model_checkpoint"] == str(tmp_path / "trainer" / "checkpoint-2")
 
 
 TELLS = """

@@ -11,8 +11,11 @@ import pytest
 
 from blackbox_kd.errors import RateLimited, RequestRejected, TeacherError, TeacherRefused, TransientError
 from blackbox_kd.hashing import draw_seed
-from blackbox_kd.teachers.failures import error_of, retry_after
+from blackbox_kd.teachers import checks
+from blackbox_kd.teachers.base import Reply
+from blackbox_kd.teachers.failures import error_of, kept, retry_after
 from blackbox_kd.teachers.openai import OpenAITeacherConfig
+from blackbox_kd.teachers.ways import PromptLogprobs
 from blackbox_kd.teachers.wire import CHECKED_REPLIES, Decoder, chat_body, usage_of
 from blackbox_kd.types import Completion, Request, SamplingParams, Usage
 from tests.fakes import chat_reply
@@ -24,6 +27,10 @@ REQUEST = Request(purpose="sample", body={"model": "m", "messages": MESSAGES}, p
 def body(sampling: SamplingParams | None = None, draw: int = 0, **options: Any) -> dict[str, Any]:
     config = OpenAITeacherConfig(model="m", **options)
     return chat_body(config, MESSAGES, sampling or SamplingParams(), draw)
+
+
+async def never(body: dict[str, Any], path: str) -> Any:
+    raise AssertionError(path)
 
 
 def decode(reply: dict[str, Any] | bytes) -> tuple[list[Completion], Usage]:
@@ -181,6 +188,18 @@ def test_cached_and_reasoning_tokens_are_read_from_the_details() -> None:
         )
     )
     assert usage == Usage(prompt_tokens=1000, completion_tokens=50, cached_tokens=400, reasoning_tokens=30)
+
+
+@pytest.mark.parametrize(
+    ("total", "reasoning", "written"),
+    [(135, 94, 103), (None, 94, 103), (41, 5, 9), (None, 5, 9), (30, 0, 9), (135, None, 103)],
+)
+def test_reasoning_that_is_counted_beside_the_answer_is_paid_for_like_it(
+    total: int | None, reasoning: int | None, written: int
+) -> None:
+    bill = {"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": total}
+    _, usage = decode(chat_reply("x", usage={**bill, "completion_tokens_details": {"reasoning_tokens": reasoning}}))
+    assert usage == Usage(prompt_tokens=32, completion_tokens=written, reasoning_tokens=reasoning or 0)
 
 
 def test_logprobs_keep_bytes_and_ids_where_they_are_given() -> None:
@@ -468,6 +487,22 @@ def test_a_prompt_about_quotas_that_an_error_echoes_does_not_stop_the_run() -> N
 def test_what_the_body_says_is_shown_in_whichever_shape_it_comes(data: bytes, said: str) -> None:
     assert said in str(error_of(400, data, {}))
     assert "\n" not in str(error_of(400, data, {}))
+
+
+@pytest.mark.parametrize("depth", [994, 996, 5000])
+def test_what_is_nested_too_deeply_to_read_is_shown_as_text(depth: int) -> None:
+    for shown in (b"[" * depth + b"]" * depth, b'{"a":' * depth + b"1" + b"}" * depth, b"[" * depth):
+        assert len(str(error_of(400, b'{"error":' + shown + b"}", {}))) < 400
+        assert not checks.read(Reply(shown)).choices
+        with pytest.raises(TransientError):
+            PromptLogprobs(OpenAITeacherConfig(model="m"), never).scored(REQUEST, [Reply(shown[:depth])])
+    assert "cannot be read" in checks.read(Reply(b"[" * 5000)).no
+
+
+def test_a_score_that_cannot_be_read_is_kept_with_the_attempt() -> None:
+    with pytest.raises(TransientError, match="cannot be read") as raised:
+        PromptLogprobs(OpenAITeacherConfig(model="m"), never).scored(REQUEST, [Reply(b"{}"), Reply(b"<html>")])
+    assert kept(raised.value).endswith("; the reply: <html>")
 
 
 def test_a_long_error_page_is_cut() -> None:

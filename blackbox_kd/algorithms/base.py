@@ -64,6 +64,8 @@ class Tools(NamedTuple):
     """Another one, whose grades are looked at and not learnt."""
     soft: SoftLossConfig | None = None
     """How `sft` learns the alternatives of the teacher's own answers; None: by their text alone."""
+    dropped: frozenset[str] = frozenset()
+    """completion_ids that curation keeps out of training."""
 
 
 class Algorithm(ABC):

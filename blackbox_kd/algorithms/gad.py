@@ -138,7 +138,7 @@ class Gad(Algorithm):
 
     async def feedback(self, rollouts: Sequence[Rollout], round_: int) -> Outcome:
         """One reward for each rollout whose prompt has a whole answer of the teacher."""
-        groups = await self._groups(rollouts, round_)
+        groups, dropped = await self._groups(rollouts, round_)
         judged, metrics = await self._tools.lane.run(self._judge, groups, round_)
         alarm = self._alarm(judged, round_)
         told = sum(len(group.rollouts) for group in groups)
@@ -146,23 +146,26 @@ class Gad(Algorithm):
             feedback=[f for each in judged for f in self._said(each)],
             samples=self._warm_up(groups) if alarm == "chance" else await self._advantages(judged),
             asked=len(rollouts),
-            failed=len(rollouts) - told,
+            failed=len(rollouts) - told - dropped,
             metrics={**metrics, **of_discriminator(judged), "discriminator_alarm": float(alarm is not None)},
             state={STATE_FILE: self._state or b"", HISTORY_FILE: json.dumps(self._accuracies).encode()},
         )
 
-    async def _groups(self, rollouts: Sequence[Rollout], round_: int) -> list[Group]:
+    async def _groups(self, rollouts: Sequence[Rollout], round_: int) -> tuple[list[Group], int]:
+        """Those with an answer to learn; and how many rollouts have one that curation dropped."""
         teacher, found = self._tools.teacher, by_prompt([rollout for rollout in rollouts if rollout.completion_ids])
         requests = [teacher.answer(group[0].prompt) for group in found]
         answers = await teacher.answers(requests, round_=round_, description="gad")
-        groups = []
+        groups, dropped = list[Group](), 0
         for request, group in zip(requests, found, strict=True):
             answer = answers.get(request.request_key)
             text = usable_text(answer)
-            if answer is not None and text is not None and self._fits(group[0], text):
+            if answer is not None and answer.completion_id in self._tools.dropped:
+                dropped += len(group)
+            elif answer is not None and text is not None and self._fits(group[0], text):
                 heldout = UUID(group[0].prompt.prompt_id).int / 2**128 < self._config.discriminator.heldout_fraction
                 groups.append(Group(answer, text, group, heldout))
-        return groups
+        return groups, dropped
 
     def _fits(self, rollout: Rollout, text: str) -> bool:
         return len(self._rendered(rollout, text)) <= self._tools.student.max_length

@@ -65,25 +65,29 @@ class PreferenceConfig(AlgorithmConfig):
 
     def build(self, tools: Tools) -> Preference:
         """No files to read."""
-        return Preference(self, tools.teacher, tools.renderer)
+        return Preference(self, tools.teacher, tools.renderer, tools.dropped)
 
 
 class Preference(Algorithm):
     """See the module."""
 
-    def __init__(self, config: PreferenceConfig, teacher: Teacher, renderer: Renderer) -> None:
-        self._config, self._teacher, self._renderer = config, teacher, renderer
+    def __init__(
+        self, config: PreferenceConfig, teacher: Teacher, renderer: Renderer, dropped: frozenset[str] = frozenset()
+    ) -> None:
+        self._config, self._teacher, self._renderer, self._dropped = config, teacher, renderer, dropped
 
     async def feedback(self, rollouts: Sequence[Rollout], round_: int) -> Outcome:
         """A pair for each rollout that differs from the teacher's answer."""
         requests = [self._teacher.answer(rollout.prompt) for rollout in rollouts]
         answers = await self._teacher.answers(requests, round_=round_, description="preference")
-        feedback, samples, failed, equal = list[Feedback](), list[TrainSample](), 0, 0
+        feedback, samples, failed, equal, dropped = list[Feedback](), list[TrainSample](), 0, 0, 0
         for rollout, request in zip(rollouts, requests, strict=True):
             answer = answers.get(request.request_key)
             text = usable_text(answer)
             if answer is None or text is None or not rollout.completion_ids:
                 failed += 1
+            elif answer.completion_id in self._dropped:
+                dropped += 1
             elif text == rollout.completion.text.strip():
                 equal += 1
             else:
@@ -97,7 +101,9 @@ class Preference(Algorithm):
                         target_completion_id=answer.completion_id,
                     )
                 )
-        metrics = {"equal_answers": equal / max(1, len(rollouts))}
+        metrics = {
+            name: n / max(1, len(rollouts)) for name, n in (("equal_answers", equal), ("dropped_answers", dropped))
+        }
         return Outcome(feedback=feedback, samples=samples, asked=len(rollouts), failed=failed, metrics=metrics)
 
     def _pair(self, rollout: Rollout, answer: Completion, text: str) -> list[TrainSample]:

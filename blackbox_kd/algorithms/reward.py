@@ -181,7 +181,8 @@ class Reward(Algorithm):
         found = await teacher.answers(requests, round_=round_, description="references")
         answered = []
         for group, references in zip(groups, asked, strict=True):
-            texts = [usable_text(found.get(request.request_key)) for request in references]
+            answers = [found.get(request.request_key) for request in references]
+            texts = [None if a and a.completion_id in self._tools.dropped else usable_text(a) for a in answers]
             usable = list(dict.fromkeys(text for text in texts if text))
             if usable or not texts:
                 answered.append(Group(group, usable))

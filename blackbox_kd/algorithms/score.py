@@ -119,11 +119,14 @@ class Score(Algorithm):
         triples = [(r.completion.text, tokens[r.completion.completion_id], r.completion_ids) for r in rollouts]
         student = student_vocab(self._renderer.tokenizer, self._renderer.end_id)
         teacher = self._teacher
-        aligner = aligner_of(teacher.corpus, student, self._renderer, teacher.config.model, self._by, triples)
+        aligner = aligner_of(
+            teacher.corpus, student, self._renderer, teacher.config.model, self._by, triples, written_by_teacher=False
+        )
         found, wrong = list[Scored](), list[str]()
         for rollout, triple in zip(rollouts, triples, strict=True):
             try:
-                found.append(Scored(rollout, triple[1], aligner.spans(*triple), aligner.align(*triple)))
+                labels = aligner.align(*triple, written_by_teacher=False)
+                found.append(Scored(rollout, triple[1], aligner.spans(*triple), labels))
             except AlignmentError as error:
                 wrong.append(str(error))
         if wrong:

@@ -93,7 +93,9 @@ class Aligner:
             slots, real = self._slots(teacher.token_ids[at[inside]]), np.asarray(student_ids)[rows[inside]]
             self._view(False, False).observe(slots, real)
 
-    def align(self, text: str, teacher: TeacherTokens, student_ids: Sequence[int]) -> SoftLabels:
+    def align(
+        self, text: str, teacher: TeacherTokens, student_ids: Sequence[int], *, written_by_teacher: bool = True
+    ) -> SoftLabels:
         """Soft labels for one completion.
 
         Args:
@@ -102,6 +104,8 @@ class Aligner:
                 teacher's end stands right behind the stripped text.
             teacher: the tokens and alternatives of the whole completion.
             student_ids: S tokens of `text`, with the end token where it is trained.
+            written_by_teacher: what the teacher drew became the student's token that stands there, with all of its
+                mass. A token that the teacher was only made to read did not: it counts as any other candidate.
 
         Raises:
             AlignmentError: tokens of either side do not spell the text, or the probabilities of a row sum up to more
@@ -111,7 +115,7 @@ class Aligner:
         slots = self._slots(np.concatenate([teacher.top_ids[at], teacher.token_ids[at][:, None]], 1))
         p, drawn = self._masses(slots, teacher.top_logprobs[at], teacher.token_logprobs[at])
         student = np.asarray(student_ids, np.int64)
-        image, share = self._mapped(slots, drawn, rows, student, start)
+        image, share = self._mapped(slots, drawn & written_by_teacher, rows, student, start)
         return soft_labels(len(student), rows, image, share, p)
 
     def spans(self, text: str, teacher: TeacherTokens, student_ids: Sequence[int]) -> list[Span]:

@@ -32,6 +32,9 @@ SAY_AGAIN_S = 60.0
 _one_at_a_time = threading.Lock()
 """Connections of a process to one file share an instance. A thread that comes while another makes or drops it finds
 half of it: a file handle conflict, or no `python_arrow_scan`."""
+_one_transaction = threading.RLock()
+"""Those of a process are taken in turn: of two at once on its shared instance neither sees what the other adds, and
+they would give new tokens the same ids."""
 
 NEW_FILE_BYTES = 12288
 """A DuckDB file has three headers of 4 kB; a smaller one is being made, or is none."""
@@ -67,15 +70,16 @@ def said_of(path: Path) -> Iterator[None]:
 
 @contextmanager
 def transaction(con: duckdb.DuckDBPyConnection) -> Iterator[None]:
-    """All of the block or nothing."""
-    con.execute("BEGIN")
-    try:
-        yield
-        con.execute("COMMIT")
-    except BaseException:
-        with suppress(duckdb.Error):  # a COMMIT that failed has ended it; why it did is what counts
-            con.execute("ROLLBACK")
-        raise
+    """All of the block or nothing, when no other thread is in one. Blocks cannot be nested."""
+    with _one_transaction:
+        con.execute("BEGIN")
+        try:
+            yield
+            con.execute("COMMIT")
+        except BaseException:
+            with suppress(duckdb.Error):  # a COMMIT that failed has ended it; why it did is what counts
+                con.execute("ROLLBACK")
+            raise
 
 
 def query(path: Path, sql: str, *, wait_s: float = READ_WAIT_S) -> tuple[list[str], list[tuple[Any, ...]]]:

@@ -89,6 +89,7 @@ def _store(con: duckdb.DuckDBPyConnection, records: list[Record], vocabs: Vocabs
     try:
         _transact(con, records, vocabs)
     except REFUSALS as error:
+        vocabs.forget()
         if len(records) == 1:
             return [(records[0], " ".join(str(error).split()))]
         half = len(records) // 2

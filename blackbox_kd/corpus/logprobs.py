@@ -26,11 +26,15 @@ class Vocabs:
         self._known: dict[str, Vocab] = {}
 
     def of(self, con: duckdb.DuckDBPyConnection, model: str) -> Vocab:
-        """As the corpus has it now: another process may have added tokens, a failed transaction lost some."""
+        """As the corpus has it now: another process, or another thread, may have added tokens."""
         stored = con.execute("SELECT count(*) FROM vocab WHERE model = ?", [model]).fetchall()[0][0]
         if model not in self._known or len(self._known[model]) != stored:
             self._known[model] = Vocab(con, model)
         return self._known[model]
+
+    def forget(self) -> None:
+        """Read them anew: a failed transaction has lost some tokens, and others may come in their number."""
+        self._known.clear()
 
 
 class Vocab:

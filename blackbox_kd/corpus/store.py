@@ -219,9 +219,9 @@ class Corpus:
             insert_logprobs(con, [(c, scorer) for c in completions if c.logprobs], Vocabs())
 
     def whole_answers(self, keys: Sequence[str]) -> list[tuple[str, str, str]]:
-        """Answers to these requests that can be learnt: (prompt_id, completion_id, text), by completion_id."""
+        """Answers to these requests that can be learnt: (request_key, completion_id, text), by completion_id."""
         return self.rows(
-            """SELECT prompt_id::VARCHAR, completion_id::VARCHAR, text FROM completions
+            """SELECT request_key::VARCHAR, completion_id::VARCHAR, text FROM completions
                WHERE request_key IN (SELECT unnest(?::UUID[]))
                  AND author = 'teacher' AND finish_reason = 'stop' AND regexp_matches(text, '\\S')
                ORDER BY completion_id""",

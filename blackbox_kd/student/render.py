@@ -6,7 +6,9 @@ its end token, and nothing that the template adds behind.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from datetime import date
 from typing import Any
 
 import jinja2
@@ -19,6 +21,11 @@ IGNORE = -100
 """Label of a token that is not trained (torch's and TRL's convention)."""
 
 _PROBE = "Sentinel answer 42"
+
+DAY = date(2024, 7, 26)
+"""What a template gets that asks for today's date (Llama 3.2's own default): a prompt must be the same tomorrow, else a
+run that goes on, and answers that are compared, are behind other tokens."""
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 class Rendered(msgspec.Struct, frozen=True):
@@ -39,6 +46,8 @@ class Renderer:
     def __init__(self, tokenizer: Any, end_ids: Sequence[int]) -> None:
         if not tokenizer.chat_template:
             raise AlignmentError("the student's tokenizer has no chat template: use an instruction-tuned model")
+        if isinstance(tokenizer.chat_template, str):
+            tokenizer.chat_template = _TODAY.sub(lambda call: repr(DAY.strftime(call[2])), tokenizer.chat_template)
         self.tokenizer = tokenizer
         self.end_id = self._find_end(end_ids)
 

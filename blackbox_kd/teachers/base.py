@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -11,6 +12,7 @@ import msgspec
 from pydantic import Field, field_validator
 
 from blackbox_kd.errors import ConfigError
+from blackbox_kd.hashing import content_id
 from blackbox_kd.sections import Section
 from blackbox_kd.types import Completion, Endpoint, Request, Scores, Usage
 
@@ -25,6 +27,10 @@ Prefill = Literal["assistant_last", "continue_final_message", "prefix", "none"]
 
 PrefillReply = Literal["whole", "new", "stripped"]
 """The given text and what is new; what is new; the same without the whitespace that it begins with."""
+
+
+VARIABLE_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
+"""Of the environment, as people name them; most keys look otherwise."""
 
 
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -185,6 +191,15 @@ class TeacherConfig(Section):
     capabilities: dict[str, Any] = {}
     """What you know better than `probe` about the endpoint, e.g. {prefill: prefix, n_max: 1}."""
 
+    @field_validator("extra_body")
+    @classmethod
+    def _is_json(cls, given: dict[str, Any]) -> dict[str, Any]:
+        try:
+            content_id(given)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"it is no JSON: {error}") from error
+        return given
+
     @field_validator("capabilities")
     @classmethod
     def _known_capabilities(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -224,11 +239,25 @@ def api_key(variable: str | None) -> str | None:
     """The key in an environment variable; None where no variable is named.
 
     Raises:
-        ConfigError: the variable is not set.
+        ConfigError: the variable is not set, or holds what is no key.
     """
     if variable is None:
         return None
     key = os.environ.get(variable, "").strip()
+    if not key and not VARIABLE_NAME.fullmatch(variable):  # it may be the key itself, which is not to be shown
+        raise ConfigError(
+            "teacher.api_key_env is the name of an environment variable, not the key itself, and no variable of the "
+            "name that it holds is set; export OPENAI_API_KEY=... and set it to OPENAI_API_KEY"
+        )
     if not key:
         raise ConfigError(f"teacher.api_key_env: environment variable {variable} is not set; export {variable}=...")
+    if not can_be_sent(key):
+        raise ConfigError(
+            "teacher.api_key_env: the key in that variable holds a character that is not printable ASCII; copy it again"
+        )
     return key
+
+
+def can_be_sent(value: str) -> bool:
+    """Whether a header can hold it."""
+    return value.isascii() and value.isprintable()

@@ -25,6 +25,7 @@ from blackbox_kd.errors import (
 from blackbox_kd.progress import say
 from blackbox_kd.teachers.base import Call, Reply, Taken, TeacherConfig, Transport
 from blackbox_kd.teachers.budget import Budget, completion_bound, prompt_bound
+from blackbox_kd.teachers.failures import kept
 from blackbox_kd.teachers.limiter import Limiter, Permit
 from blackbox_kd.teachers.work import Work
 from blackbox_kd.types import Attempt, Completion, Request, Usage, scorer
@@ -39,8 +40,9 @@ MOST_UNREADABLE = 2
 """Replies to one question."""
 MOST_PASSED_OVER = 4
 """429s to one question, others being answered between them; with more it is the question: it slows down, and ends."""
-DETAIL_CHARS = 4000
-"""Of a reply that cannot be read: it may have been paid for."""
+MAYBE_BILLED = (None, 200, 408, 504, 524)
+"""Statuses of calls that nobody knows the price of: no answer, none that can be read, or a gateway that gave up waiting
+for one while the model may have gone on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,11 +254,11 @@ def _error_of(state: tenacity.RetryCallState) -> BaseException | None:
 
 
 def _failed(error: BaseException) -> dict[str, Any]:
-    """An attempt without an answer. No status: the connection died, and nobody knows whether the call was paid for."""
+    """An attempt without an answer."""
     if isinstance(error, CorpusError):  # the journal could not be written, and so it did not leave
         return {"error": str(error), "billed": False}
     if not isinstance(error, TeacherError):
         return {"error": f"interrupted: {type(error).__name__}"}
-    found = {"billed": None if error.status in (None, 200) else False, "status": error.status,
-             "error": f"{error}{error.detail[:DETAIL_CHARS]}", "retry_after_s": error.retry_after_s}  # fmt: skip
+    found = {"billed": None if error.status in MAYBE_BILLED else False, "status": error.status,
+             "error": kept(error), "retry_after_s": error.retry_after_s}  # fmt: skip
     return found | ({"server_request_id": error.server_request_id} if error.server_request_id else {})

@@ -9,6 +9,7 @@ import msgspec
 
 from blackbox_kd.teachers import scores
 from blackbox_kd.teachers.base import PrefillReply, Reply
+from blackbox_kd.teachers.failures import UNREADABLE
 from blackbox_kd.teachers.scores import TOLERANCE_NATS
 from blackbox_kd.types import TokenLogprob
 
@@ -53,7 +54,7 @@ def read(reply: Reply) -> Answer:
     """The answer in a 200; without one, what it holds instead."""
     try:
         data = msgspec.json.decode(reply.data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         return Answer(no=f"a 200 that cannot be read ({error})")
     answer = Answer(data, reply.headers) if isinstance(data, dict) else Answer()
     said = answer.choices or scores.get(data, "meta_info")

@@ -7,6 +7,7 @@ import math
 import re
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
@@ -19,6 +20,12 @@ QUOTA_CODES = (
     "credit_balance_too_low",
 )
 """429s (or 402s) that no waiting cures."""
+UNREADABLE = (ValueError, RecursionError)
+"""What decoders raise: no JSON, no UTF-8, the wrong shape, or too deep."""
+DETAIL_CHARS = 4000
+"""Of a reply that cannot be read."""
+REPLY = "; the reply: "
+"""Stands before it."""
 _NUMBERS = re.compile(r"Limit:? (?P<limit>\d+)\b.{,40}?\bRequested:? (?P<requested>\d+)\b")
 """Of tokens. https://platform.openai.com/docs/guides/rate-limits"""
 
@@ -28,6 +35,18 @@ def error_of(status: int, data: bytes, headers: Mapping[str, str]) -> TeacherErr
     error = _classify(status, data, headers)
     error.headers, error.server_request_id = headers, headers.get("x-request-id")
     return error
+
+
+def unreadable(message: str, data: bytes) -> TransientError:
+    """The exception for a 200 with nothing in it. Its body may have been paid for: it is kept with the attempt."""
+    error = TransientError(message, status=200)
+    error.detail = f"{REPLY}{data.decode('utf-8', 'replace')}"
+    return error
+
+
+def kept(error: TeacherError) -> str:
+    """What an attempt keeps of it."""
+    return f"{error}{error.detail[:DETAIL_CHARS]}"
 
 
 def _classify(status: int, data: bytes, headers: Mapping[str, str]) -> TeacherError:
@@ -52,9 +71,12 @@ def _too_large(said: str) -> bool:
 def _error_text(data: bytes) -> tuple[str, set[str]]:
     """What the body says, in whichever of the shapes that servers use (about 300 characters), and its codes."""
     try:
-        value = msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        value = data.decode("utf-8", "replace")
+        return _said(msgspec.json.decode(data))
+    except UNREADABLE:
+        return _said(data.decode("utf-8", "replace"))
+
+
+def _said(value: Any) -> tuple[str, set[str]]:
     codes: list[str] = []
     if isinstance(value, dict):
         value = value.get("error") or value.get("detail") or value.get("message") or value

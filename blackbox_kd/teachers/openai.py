@@ -7,12 +7,12 @@ import re
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from pydantic import Field, field_validator
 
 from blackbox_kd.errors import ConfigError
-from blackbox_kd.teachers.base import TeacherConfig, Transport, api_key
+from blackbox_kd.teachers.base import TeacherConfig, Transport, api_key, can_be_sent
 from blackbox_kd.teachers.transport import open_fast
 
 if TYPE_CHECKING:  # importing the SDK takes half a second
@@ -21,6 +21,10 @@ if TYPE_CHECKING:  # importing the SDK takes half a second
 
 SECRET_NAME = re.compile(r"(?i)authorization|cookie|secret|password|passwd|(^|[-_])(key|token)s?$|api[-_]?key")
 """Headers and options whose value is one."""
+SECRET_PARAMETER = re.compile(r"(?i)key|token|secret|sig")
+"""Parameters of a URL whose value is one."""
+VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
+"""`$NAME` or `${NAME}`."""
 SHORTEST_SECRET = 8
 """Characters; `none` and `EMPTY` are what endpoints without keys are given."""
 
@@ -73,7 +77,7 @@ class OpenAITeacherConfig(TeacherConfig):
         """extra_headers with the environment's values in them.
 
         Raises:
-            ConfigError: a variable that is not set.
+            ConfigError: a variable that is not set, or a value that no header can hold.
         """
         return _expanded(self.extra_headers, "extra_headers")
 
@@ -97,6 +101,11 @@ class OpenAITeacherConfig(TeacherConfig):
             raise ConfigError(
                 "teacher.base_url holds a user or a password, and it is written to the run directory: "
                 "send them as teacher.extra_headers {Authorization: $NAME} with the environment variable NAME"
+            )
+        if secret := next((name for name, _ in parse_qsl(parts.query, True) if SECRET_PARAMETER.search(name)), None):
+            raise ConfigError(
+                f"teacher.base_url holds a key in its parameter {secret!r}, and it is written to the run directory: "
+                "send it as one of teacher.extra_headers {...: $NAME} with the environment variable NAME"
             )
 
     def connect(self) -> AbstractAsyncContextManager[Transport]:
@@ -136,15 +145,36 @@ def _expanded(values: Mapping[str, Any], section: str) -> dict[str, Any]:
     """Texts with the environment's values in them.
 
     Raises:
-        ConfigError: a variable that is not set.
+        ConfigError: a variable that is not set, or a value that no header can hold.
     """
-    found = {name: os.path.expandvars(value) if isinstance(value, str) else value for name, value in values.items()}
-    for name, value in found.items():
-        if isinstance(value, str) and value.startswith("$"):
-            raise ConfigError(f"teacher.{section}.{name}: environment variable {value[1:]} is not set")
+    found = {}
+    for name, value in values.items():
+        where = f"teacher.{section}.{name}"
+        found[name] = _filled(value, where) if isinstance(value, str) else value
+        is_sent = section == "extra_headers" or SECRET_NAME.search(name)
+        if is_sent and isinstance(value, str) and not can_be_sent(found[name]):
+            raise ConfigError(f"{where}: its value holds a character that is not printable ASCII; copy it again")
     return found
 
 
+def _filled(text: str, where: str) -> str:
+    for variable in _variables(text):
+        if not _value(variable):
+            raise ConfigError(f"{where}: environment variable {variable} is not set")
+    return VARIABLE.sub(lambda found: _value(found[1] or found[2]), text).strip()
+
+
 def _secrets(written: Mapping[str, Any], expanded: Mapping[str, Any]) -> list[str]:
-    """What the environment put into the options."""
-    return [expanded[name] for name in written if expanded[name] != written[name]]
+    """What the environment puts into the options, with what stands around it and bare, as an endpoint may repeat it."""
+    named = {name: _variables(value) for name, value in written.items() if isinstance(value, str)}
+    whole = [expanded[name] for name, variables in named.items() if variables]
+    return whole + [_value(variable) for variables in named.values() for variable in variables]
+
+
+def _variables(text: str) -> list[str]:
+    return [found[1] or found[2] for found in VARIABLE.finditer(text)]
+
+
+def _value(variable: str) -> str:
+    """As people paste it, with a line end, is not as it is sent."""
+    return os.environ.get(variable, "").strip()

@@ -13,9 +13,10 @@ from typing import Any
 
 import msgspec
 
-from blackbox_kd.errors import RequestRejected, TransientError
+from blackbox_kd.errors import RequestRejected
 from blackbox_kd.teachers import scores
 from blackbox_kd.teachers.base import Call, Reply, Taken, TeacherConfig
+from blackbox_kd.teachers.failures import UNREADABLE, unreadable
 from blackbox_kd.teachers.rendering import Rendering
 from blackbox_kd.teachers.wire import native_body, usage_of
 from blackbox_kd.types import Message, Request, Scores, TokenLogprob, TopLogprob
@@ -57,10 +58,7 @@ class ScoringWay(ABC):
             RequestRejected: they do not come back.
             TransientError: a reply cannot be read.
         """
-        try:
-            said = [msgspec.json.decode(reply.data) for reply in replies]
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise TransientError(f"a 200 that cannot be read ({error})", status=200) from error
+        said = [_decoded(reply.data) for reply in replies]
         found = scores.of_text(self.tokens(request, said), text_of(request), self.end)
         if found is None:
             raise RequestRejected(f"the scores are not those of the text {text_of(request)[:60]!r}", status=200)
@@ -153,6 +151,13 @@ class Forced(ScoringWay):
         choices = [choice for reply in replies for choice in scores.items(reply, "choices")]
         found = [token for choice in choices for token in scores.choice_tokens(choice)[:1]]
         return found if [token.id for token in found[-1:]] == self._end else []
+
+
+def _decoded(data: bytes) -> Any:
+    try:
+        return msgspec.json.decode(data)
+    except UNREADABLE as error:
+        raise unreadable(f"a 200 that cannot be read ({error})", data) from error
 
 
 def text_of(request: Request) -> str:

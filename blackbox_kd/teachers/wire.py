@@ -9,10 +9,10 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from blackbox_kd.errors import TeacherError, TransientError
+from blackbox_kd.errors import TeacherError
 from blackbox_kd.hashing import draw_seed
 from blackbox_kd.teachers.base import TeacherConfig
-from blackbox_kd.teachers.failures import error_of
+from blackbox_kd.teachers.failures import UNREADABLE, error_of, unreadable
 from blackbox_kd.teachers.scores import array_tokens
 from blackbox_kd.types import Author, Completion, Message, Request, SamplingParams, TokenLogprob, TopLogprob, Usage
 
@@ -117,6 +117,7 @@ class _CompletionDetails(msgspec.Struct):
 class _Usage(msgspec.Struct):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    total_tokens: int | None = None
     cached_tokens: int | None = None
     prompt_tokens_details: _PromptDetails | None = None
     completion_tokens_details: _CompletionDetails | None = None
@@ -146,7 +147,6 @@ _places = msgspec.json.Decoder(_Reply[_Logprobs[msgspec.Raw]])
 _bare = msgspec.json.Decoder(_Reply[Any])
 """Whatever stands where logprobs should."""
 
-UNREADABLE = (ValueError, RecursionError)
 CHECKED_REPLIES = 8
 """Replies whose token bytes must be those of the text before they are taken to be so ever after."""
 
@@ -204,7 +204,7 @@ class Decoder:
         try:
             reply = _bare.decode(_strict(data))
         except UNREADABLE:
-            raise _unreadable(f"a 200 that cannot be read ({error}): {data[:80]!r}", data) from error
+            raise unreadable(f"a 200 that cannot be read ({error}): {data[:80]!r}", data) from error
         for choice in reply.choices or []:
             given, choice.logprobs = choice.logprobs, None
             for token in (_LeanToken, TokenLogprob):  # the last that fits
@@ -277,7 +277,7 @@ def _read_bytes(token: _BytesTop) -> list[int] | None:
 
 def _no_choices(reply: _Reply[Any], data: bytes) -> TeacherError:
     if reply.error is None:
-        return _unreadable(f"a 200 without choices: {data[:80]!r}", data)
+        return unreadable(f"a 200 without choices: {data[:80]!r}", data)
     code = reply.error.get("code") if isinstance(reply.error, dict) else None
     status = int(str(code)) if str(code).isdecimal() else 0
     return error_of(status if status >= 400 else 500, data, {})
@@ -323,13 +323,6 @@ def usage_of(data: bytes) -> Usage:
         return Usage()
 
 
-def _unreadable(message: str, data: bytes) -> TransientError:
-    """Its body may have been paid for: it is kept with the attempt."""
-    error = TransientError(message, status=200)
-    error.detail = f"; the reply: {data.decode('utf-8', 'replace')}"
-    return error
-
-
 def _text(message: _Message) -> str:
     """Content, else a refusal; calls of tools stand behind it as JSON."""
     text = message.content or message.refusal or ""
@@ -348,9 +341,15 @@ def _usage(usage: _Usage | None) -> Usage:
     if usage is None:
         return Usage()
     prompt, completion = usage.prompt_tokens_details, usage.completion_tokens_details
+    asked, written = usage.prompt_tokens or 0, usage.completion_tokens or 0
+    reasoning = (completion.reasoning_tokens if completion else None) or 0
+    if usage.total_tokens is not None:  # some count reasoning in nothing else
+        written = max(written, usage.total_tokens - asked)
+    elif reasoning > written:
+        written += reasoning
     return Usage(
-        prompt_tokens=usage.prompt_tokens or 0,
-        completion_tokens=usage.completion_tokens or 0,
+        prompt_tokens=asked,
+        completion_tokens=written,
         cached_tokens=(prompt.cached_tokens if prompt else usage.cached_tokens) or 0,
-        reasoning_tokens=(completion.reasoning_tokens if completion else None) or 0,
+        reasoning_tokens=reasoning,
     )

@@ -13,7 +13,7 @@ from blackbox_kd.errors import RequestRejected, TeacherError, TransientError
 from blackbox_kd.hashing import content_id
 from blackbox_kd.teachers.base import PriceConfig
 from blackbox_kd.teachers.batch.ledger import Batch
-from blackbox_kd.teachers.failures import error_of
+from blackbox_kd.teachers.failures import UNREADABLE, error_of, kept
 from blackbox_kd.teachers.wire import Decoder
 from blackbox_kd.types import Attempt, Completion, Request, Usage, scorer
 
@@ -72,7 +72,7 @@ def read_lines(path: Path, mask: Callable[[bytes], bytes]) -> Iterator[Line | st
 def _line(raw: bytes) -> Line | str:
     try:
         return _decoder.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         return f"{raw[:80]!r} ({error})"
 
 
@@ -87,7 +87,7 @@ def answered(line: Line, request: Request, batch: Batch, price: PriceConfig | No
         completions, usage = decoder.decode(data, request, "teacher", 0)
         outcome |= {"billed": True, "usage": usage, "cost_usd": _cost(usage, price)}
     except TeacherError as error:
-        outcome |= {"status": error.status, "error": str(error)}
+        outcome |= {"status": error.status, "error": kept(error)}
         dead = isinstance(error, RequestRejected)
     attempt = Attempt(
         attempt_id=content_id([batch.batch_id, request.request_key]),

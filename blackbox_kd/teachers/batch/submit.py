@@ -10,7 +10,7 @@ import openai.types
 import tenacity
 
 from blackbox_kd.corpus import Corpus
-from blackbox_kd.errors import RateLimited, RequestRejected, TeacherRefused, TransientError
+from blackbox_kd.errors import RateLimited, RequestRejected, TeacherRefused, TeacherUnreachable, TransientError
 from blackbox_kd.progress import say
 from blackbox_kd.teachers.batch.ledger import Batch, Ledger
 from blackbox_kd.teachers.batch.lines import ENDPOINT, question_line
@@ -68,13 +68,24 @@ class Submitter:
 
     async def _submit(self, batch: Batch) -> str:
         """Its id. From where an earlier try or process stopped: it may have been made without our learning that."""
-        found = await self._sdk.call(self._find(batch)) if self._ledger.has(batch) else None
+        found = await self._look_up(batch) if batch.file_id is not None and self._ledger.has(batch) else None
         batch.address = str(self._sdk.client.base_url)
         self._ledger.save(batch)
         if found is None and batch.file_id is None:
             batch.file_id = await self._upload(batch)
             self._ledger.save(batch)
         return (found or await self._create(batch)).id
+
+    async def _look_up(self, batch: Batch) -> openai.types.Batch | None:
+        """Raises:
+        TeacherUnreachable: the look-up is refused, which does not say that nothing was made.
+        """
+        try:
+            return await self._sdk.call(self._find(batch))
+        except (RequestRejected, TeacherRefused) as error:
+            raise TeacherUnreachable(
+                f"cannot tell whether batch {batch.marker} was made: {error}; run again"
+            ) from error
 
     async def _find(self, batch: Batch) -> openai.types.Batch | None:
         async for found in self._sdk.client.batches.list(limit=100):

@@ -9,6 +9,7 @@ from blackbox_kd.errors import TeacherRefused, TeacherUnreachable
 from blackbox_kd.progress import say
 from blackbox_kd.teachers.batch.ledger import Batch
 from blackbox_kd.teachers.budget import Amount
+from blackbox_kd.teachers.failures import REPLY
 from blackbox_kd.teachers.missing import MissingLogprobs
 from blackbox_kd.types import Request
 
@@ -35,8 +36,8 @@ class Tally:
         """One line; `odd`: see `MissingLogprobs.note`."""
         self.answered += bool(record.completions)
         self.rejected += record.dead_letter
-        self.last_failure = record.attempt.error or self.last_failure
         attempt = record.attempt
+        self.last_failure = (attempt.error or self.last_failure).partition(REPLY)[0]
         used = attempt.usage.prompt_tokens + attempt.usage.completion_tokens
         self.spent += Amount(attempt.cost_usd or 0.0, used, int(attempt.billed is not False))
         if record.completions:
