@@ -19,7 +19,7 @@ from blackbox_kd.algorithms.prefix import PrefixConfig
 from blackbox_kd.align import StudentVocab
 from blackbox_kd.corpus import Corpus, query
 from blackbox_kd.errors import AlignmentError
-from blackbox_kd.sections import SampleConfig, StudentConfig
+from blackbox_kd.sections import SampleConfig, SoftLossConfig, StudentConfig
 from blackbox_kd.student.load import end_ids, load_base
 from blackbox_kd.student.render import Renderer
 from blackbox_kd.student.vocabulary import student_vocab
@@ -65,12 +65,18 @@ def drafted(renderer: Renderer, text: str, *nats: float) -> Rollout:
 
 
 def feedback(
-    corpus: Corpus, renderer: Renderer, rollouts: list[Rollout], config: AlgorithmConfig, reply: str, **can: Any
+    corpus: Corpus,
+    renderer: Renderer,
+    rollouts: list[Rollout],
+    config: AlgorithmConfig,
+    reply: str,
+    soft: SoftLossConfig | None = None,
+    **can: Any,
 ) -> Outcome:
     async def ask() -> Outcome:
         teacher = ScriptedTeacherConfig(reply=reply, capabilities=CAN | can)
         async with Teacher(teacher, corpus, RUN_ID, sample=SampleConfig()) as asked:
-            return await config.build(tools(asked, renderer)).feedback(rollouts, 1)
+            return await config.build(tools(asked, renderer, soft=soft)).feedback(rollouts, 1)
 
     return asyncio.run(ask())
 
@@ -224,6 +230,16 @@ def test_a_continuation_with_alternatives_is_learnt_softly(corpus: Corpus, rende
     assert labelled == [row[np.isfinite(p)][0] for row, p in zip(sample.soft.ids, sample.soft.logprobs, strict=True)]
     assert 0 < outcome.metrics["coverage"] < 1
     assert outcome.metrics["continuation_length"] == len(sample.input_ids) - start
+
+
+def test_one_candidate_that_is_renormalised_says_nothing(corpus: Corpus, renderer: Renderer) -> None:
+    """The scripted teacher shows one."""
+    draft, soft = drafted(renderer, "one two", 0.0, 0.9), SoftLossConfig(tail="renormalise")
+    (sample,) = feedback(corpus, renderer, [draft], PrefixConfig(), " yes no", soft).samples
+    assert "topk_kl" not in sample.weights
+    assert sum(sample.weights["ce"]) == len(renderer.completion(" yes no"))
+    outcome = feedback(corpus, renderer, [draft], ForksConfig(forks=1, tail="renormalise"), "yes no")
+    assert (outcome.samples, outcome.asked, outcome.failed) == ([], 1, 1)
 
 
 def test_a_teacher_that_ends_at_once_teaches_the_end(corpus: Corpus, renderer: Renderer) -> None:

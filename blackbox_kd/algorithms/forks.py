@@ -171,7 +171,7 @@ class Forks(Algorithm):
         forks = []
         for each in replies:
             try:
-                forks.append(_fork(aligner, each))
+                forks.append(_fork(aligner, each, least=2 if self._config.tail == "renormalise" else 1))
             except AlignmentError as error:
                 wrong.append(str(error))
         return forks
@@ -196,18 +196,21 @@ def _reply(cut: Cut, answer: Completion | None, scored: Mapping[str, TeacherToke
     return Reply(cut, answer, tokens, what_is_new(answer.text, cut.text, form))
 
 
-def _fork(aligner: Aligner, reply: Reply) -> Fork:
-    """Its candidates in the student's tokens.
+def _fork(aligner: Aligner, reply: Reply, least: int) -> Fork:
+    """Its candidates in the student's tokens, at least so many: one that is renormalised says nothing.
 
     Raises:
-        AlignmentError: the token is not what is new in the text, or no candidate has an image.
+        AlignmentError: the token is not what is new in the text, or too few candidates have an image.
     """
     spelled = aligner.spelled.get(int(reply.tokens.token_ids[0]))
     if spelled and not reply.ends and REPLACED not in reply.new and spelled != reply.new.encode():
         raise AlignmentError(f"the token of a reply spells {spelled!r}, but what is new in its text is {reply.new!r}")
     labels = aligner.candidates(reply.tokens)
-    if not (labels.logprobs > -np.inf).any():
-        raise AlignmentError(f"no candidate behind {reply.cut.text[-20:]!r} begins a token of the student")
+    if (labels.logprobs > -np.inf).sum() < least:
+        raise AlignmentError(
+            f"{'no candidate' if least == 1 else 'less than two candidates'} behind {reply.cut.text[-20:]!r} "
+            "begin a token of the student"
+        )
     return Fork(reply.cut, reply.answer.completion_id, TopK(labels.ids, labels.logprobs))
 
 

@@ -21,6 +21,7 @@ from blackbox_kd.algorithms.cuts import Cut, cannot_go_on, go_on, peaks, said, u
 from blackbox_kd.align import SoftLabels
 from blackbox_kd.errors import AlignmentError
 from blackbox_kd.progress import say
+from blackbox_kd.sections import SoftLossConfig
 from blackbox_kd.soft_labels import Labelled, Scored, aligned, aligner_of
 from blackbox_kd.student.render import IGNORE, Rendered
 from blackbox_kd.student.vocabulary import student_vocab
@@ -89,6 +90,7 @@ class Prefix(Algorithm):
         self._config, self._teacher, self._renderer = config, tools.teacher, tools.renderer
         self._vocab = student_vocab(tools.renderer.tokenizer, tools.renderer.end_id)
         self._scorer = scorer(tools.teacher.config.model, tools.teacher.context.context_hash)
+        self._learnt_by = SoftLossConfig(tail=tools.soft.tail) if tools.soft else None
 
     async def feedback(self, rollouts: Sequence[Rollout], round_: int) -> Outcome:
         """A sample for each continuation."""
@@ -111,7 +113,7 @@ class Prefix(Algorithm):
         soft = self._soft(found)
         return Outcome(
             feedback=[said(each.cut, "prefix", each.completion.completion_id, self._scorer) for each in found],
-            samples=[_sample(each, labels) for each, labels in zip(found, soft.labels, strict=True)],
+            samples=[_sample(each, labels, self._learnt_by) for each, labels in zip(found, soft.labels, strict=True)],
             asked=len(cuts),
             failed=len(wrong),
             metrics=_metrics(rollouts, found) | soft.metrics(),
@@ -152,12 +154,12 @@ class Prefix(Algorithm):
         return aligned(aligner, scored)
 
 
-def _sample(each: Continuation, labels: SoftLabels | None) -> TrainSample:
+def _sample(each: Continuation, labels: SoftLabels | None, soft: SoftLossConfig | None) -> TrainSample:
     """The student's prompt and beginning weigh nothing."""
     rollout, continued = each.cut.rollout, each.completion.completion_id
     before = [*rollout.prompt_ids, *rollout.completion_ids[: each.cut.token]]
     rendered = Rendered([*before, *each.ids], [*[IGNORE] * len(before), *each.ids])
-    return ce_sample(f"{rollout.completion.completion_id}/{each.cut.token}/{continued}", rendered, labels)
+    return ce_sample(f"{rollout.completion.completion_id}/{each.cut.token}/{continued}", rendered, labels, soft)
 
 
 def _metrics(rollouts: Sequence[Rollout], found: Sequence[Continuation]) -> dict[str, float]:
