@@ -74,6 +74,7 @@ def trainer_config(config: Config, work: Path, *, has_dev: bool) -> TrlConfig:
     with _one_line():
         args = TrlConfig(**{**defaults, **given})
     integrations(args.report_to)
+    check_devices(args.n_gpu)
     return args
 
 
@@ -87,6 +88,14 @@ def _one_line() -> Iterator[None]:
     except (TypeError, ValueError, NotImplementedError, ImportError) as error:
         said = " ".join(str(error).replace("SFTConfig.__init__() ", "").split())
         raise ConfigError(f"sft.trainer: {said}") from error
+
+
+def check_devices(visible: int) -> None:
+    """Raises:
+    ConfigError: transformers would spread a batch over several GPUs, by a wrapper that our loss cannot look into.
+    """
+    if visible > 1:
+        raise ConfigError(f"sft trains on one GPU, and {visible} are visible: set CUDA_VISIBLE_DEVICES to one of them")
 
 
 def check_values(block: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from blackbox_kd.config import load_config
 from blackbox_kd.errors import AlignmentError, ConfigError
 from blackbox_kd.sections import StudentConfig
 from blackbox_kd.settings import Config
-from blackbox_kd.sft_trainer import Row, build_trainer, go_on, metric_rows, trainer_config
+from blackbox_kd.sft_trainer import Row, build_trainer, check_devices, go_on, metric_rows, trainer_config
 from blackbox_kd.student.render import IGNORE
 from blackbox_kd.student.student import Student
 from blackbox_kd.student.trainer import TEACHER_COLUMNS, DistillationTrainer, SoftCollator, dataset
@@ -65,6 +65,13 @@ def test_a_lora_learns_faster_than_trl_would_let_it_unless_it_is_told(project_fi
     assert trainer_config(config, tmp_path, has_dev=False).learning_rate == 3e-4
     config = load_config(Config, str(project_file), overrides(["--sft.trainer.learning_rate", "2e-5"]))
     assert trainer_config(config, tmp_path, has_dev=False).learning_rate == 2e-5
+
+
+def test_several_gpus_are_a_mistake_that_is_said_before_anything_is_paid() -> None:
+    check_devices(0)
+    check_devices(1)
+    with pytest.raises(ConfigError, match="2 are visible: set CUDA_VISIBLE_DEVICES"):
+        check_devices(2)
 
 
 @pytest.fixture
