@@ -63,7 +63,9 @@ def caps(beat: Heartbeat) -> str:
 
 def money(dollars: float | None) -> str:
     """Dollars, cents and the first fractions of a cent."""
-    return "$ unknown" if dollars is None else f"${dollars:.2f}" if dollars >= 1 else f"${dollars:.4f}"
+    if dollars is None:
+        return "$ unknown"
+    return f"${dollars:.2f}" if dollars >= 1 else f"${round(dollars, 4) + 0.0:.4f}"  # a sum may end at -1e-19
 
 
 def duration(seconds: float | None) -> str:

@@ -131,4 +131,4 @@ def test_durations_have_two_units(seconds: float | None, text: str) -> None:
 
 
 def test_small_sums_are_not_rounded_away() -> None:
-    assert [status.money(v) for v in (None, 0.0012, 12.345)] == ["$ unknown", "$0.0012", "$12.35"]
+    assert [status.money(v) for v in (None, 0.0012, 12.345, -1e-19)] == ["$ unknown", "$0.0012", "$12.35", "$0.0000"]
