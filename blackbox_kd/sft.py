@@ -119,6 +119,8 @@ def labelled(project: Project, student: Student, answers: Sequence[Answer]) -> t
         shown = ", ".join(f"{name} {value:.3f}" for name, value in coverage.items())
         tokenizer = "the teacher's tokenizer is the student's" if found.same else "across tokenizers"
         say(f"sft: {with_labels} of {len(answers)} answers have soft labels ({shown}; {tokenizer})")
+    elif project.config.sample.top_logprobs:
+        say(f"sft: no answer has top-logprobs by {by} that can be learnt: their text alone is")
     return [Row(*each) for each in zip(rendered, found.labels, ids, strict=True)], coverage
 
 

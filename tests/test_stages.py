@@ -182,6 +182,18 @@ def test_sft_that_was_killed_goes_on_from_its_last_epoch(
     assert not same(adapter(project_file, "sft"), adapter(project_file, "sft", "changed"))  # it did not begin anew
 
 
+def test_answers_whose_logprobs_cannot_be_told_are_said(project_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same questions under another private prompt: a comment that is not sent makes it another one."""
+    template = project_file.parent / "rules.md.j2"
+    private = ["--teacher.prompt.template", str(template)]
+    template.write_text("Be brief.")
+    assert main(["sample", "--config", str(project_file), *private]) == 0
+    template.write_text("{# of today #}Be brief.")
+    other = ["--run_dir", str(project_file.parent / "two"), "--corpus", str(project_file.parent / "run/corpus.duckdb")]
+    assert main(["sft", "--config", str(project_file), *private, *other]) == 0
+    assert "sft: no answer has top-logprobs by" in capsys.readouterr().err
+
+
 def test_other_settings_do_not_mix_with_an_old_checkpoint(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sft", "--config", str(trained), "--sft.trainer.learning_rate", "1e-2"]) == 2
     assert "was made with sft.trainer.learning_rate 0.001, the config now says 0.01" in capsys.readouterr().err
