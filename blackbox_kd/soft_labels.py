@@ -92,8 +92,8 @@ def label(corpus: Corpus, renderer: Renderer, model: str, by: str, answers: Sequ
     """
     with corpus.connect():
         scored, vocab = corpus.scored_tokens([completion_id for completion_id, _ in answers], by), corpus.vocab(model)
-    shown = {int(i) for tokens in scored.values() for i in (*tokens.token_ids, *tokens.top_ids.ravel())}
     # by what the answers themselves show: the same answers have the same labels, whatever else is asked afterwards
+    shown = {i for t in scored.values() for i in (*t.token_ids.tolist(), *t.top_ids[t.top_logprobs > -np.inf].tolist())}
     vocab = {token_id: token for token_id, token in vocab.items() if token_id in shown}
     none = Labelled([None] * len(answers), same=False)
     if not any(tokens.top_ids.size for tokens in scored.values()):

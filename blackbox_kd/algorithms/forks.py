@@ -208,8 +208,7 @@ def _fork(aligner: Aligner, reply: Reply, least: int) -> Fork:
     labels = aligner.candidates(reply.tokens)
     if (labels.logprobs > -np.inf).sum() < least:
         raise AlignmentError(
-            f"{'no candidate' if least == 1 else 'less than two candidates'} behind {reply.cut.text[-20:]!r} "
-            "begin a token of the student"
+            f"fewer candidates than {least} behind {reply.cut.text[-20:]!r} begin a token of the student"
         )
     return Fork(reply.cut, reply.answer.completion_id, TopK(labels.ids, labels.logprobs))
 
