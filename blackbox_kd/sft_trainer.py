@@ -137,6 +137,7 @@ def build_trainer(
             callbacks=stopping,
             soft_loss=config.sft.soft,
         )
+        trainer.get_optimizer_cls_and_kwargs(args, student.model)  # its package may not be there
     log_below(trainer.callback_handler.callbacks, logs_of(config.run_dir, "sft"))  # `work` does not stay
     for talkative in (PrinterCallback, ProgressCallback):  # they print to stdout, which is for results
         trainer.remove_callback(talkative)

@@ -136,6 +136,7 @@ def mixed(lines: list[Line]) -> Ending:
     bad = [
         rejection(lines[1], 400, "too long"),
         rejection(lines[2], 429, "slow down"),
+        rejection(lines[4], 504, "no answer in time"),
         rejection(lines[3], 500, "oops"),
     ]
     return "completed", [answer(lines[0])], bad
@@ -145,17 +146,17 @@ def test_rejections_are_dead_letters_and_passing_failures_stay_pending(
     corpus: Corpus, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with served(FakeBatchAPI(mixed)) as api:
-        assert ask(api.url, corpus, questions(4)) == echoes(0)
-        assert "1 answers, 1 dead letters, 2 stay pending (HTTP 500: oops)" in " ".join(capsys.readouterr().err.split())
-        keys = [r.request_key for r in questions(4)]
+        assert ask(api.url, corpus, questions(5)) == echoes(0)
+        assert "1 answers, 1 dead letters, 3 stay pending (HTTP 500: oops)" in " ".join(capsys.readouterr().err.split())
+        keys = [r.request_key for r in questions(5)]
         assert corpus.settled(keys) == ({keys[0]}, {keys[1]})
         assert corpus.rows("SELECT status, billed FROM attempts ORDER BY status") == [
-            (200, True), (400, False), (429, False), (500, False),
+            (200, True), (400, False), (429, False), (500, False), (504, None),
         ]  # fmt: skip
         api.ending = completed
-        assert ask(api.url, corpus, questions(4)) == echoes(2, 3)
-        assert ask(api.url, corpus, questions(4), retry_dead_letters=True) == echoes(1)
-    assert corpus.spend(RUN_ID)["calls"] == 4
+        assert ask(api.url, corpus, questions(5)) == echoes(2, 3, 4)
+        assert ask(api.url, corpus, questions(5), retry_dead_letters=True) == echoes(1)
+    assert corpus.spend(RUN_ID)["calls"] == 5  # the 504 may have been billed
 
 
 @pytest.mark.parametrize("status", ["expired", "cancelled"])
@@ -411,13 +412,13 @@ def test_polling_goes_on_where_it_stopped(corpus: Corpus, capsys: pytest.Capture
 
 def test_a_batch_that_is_read_twice_is_stored_once(corpus: Corpus) -> None:
     with served(FakeBatchAPI(mixed, looks=99)) as api:
-        stop_while_polling(api, corpus, questions(4))
+        stop_while_polling(api, corpus, questions(5))
         (record,) = Ledger(corpus.path).batches()
         api.looks = 0
-        ask(api.url, corpus, questions(4))
+        ask(api.url, corpus, questions(5))
         before = everything(corpus)
         Ledger(corpus.path).save(record)  # as after a kill between the last row and the forgetting
-        ask(api.url, corpus, questions(4)[2:3])
+        ask(api.url, corpus, questions(5)[2:3])
     assert everything(corpus) == before
     assert left_behind(corpus) == []
 

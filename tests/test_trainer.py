@@ -464,6 +464,7 @@ def test_a_score_leaves_mode_and_draws_as_they_were(training: bool, student: Stu
 @pytest.mark.parametrize(
     ("flag", "said"),
     [("assistant_only_loss=true", "sft.trainer: "), ("num_train_epochs=0", "sft.trainer: no step to train"),
+     ("optim=grokadamw", "sft.trainer: Please install grokadamw"),
      ("eos_token=<foo>", "sft.trainer: "), ("label_smoothing_factor=0.1", "sft.trainer.label_smoothing_factor")],
 )  # fmt: skip
 def test_options_that_cannot_work_are_one_line(

@@ -25,7 +25,7 @@ from blackbox_kd.errors import (
 from blackbox_kd.progress import say
 from blackbox_kd.teachers.base import Call, Reply, Taken, TeacherConfig, Transport
 from blackbox_kd.teachers.budget import Budget, completion_bound, prompt_bound
-from blackbox_kd.teachers.failures import kept
+from blackbox_kd.teachers.failures import GAVE_UP, kept
 from blackbox_kd.teachers.limiter import Limiter, Permit
 from blackbox_kd.teachers.work import Work
 from blackbox_kd.types import Attempt, Completion, Request, Usage, scorer
@@ -40,9 +40,8 @@ MOST_UNREADABLE = 2
 """Replies to one question."""
 MOST_PASSED_OVER = 4
 """429s to one question, others being answered between them; with more it is the question: it slows down, and ends."""
-MAYBE_BILLED = (None, 200, 408, 504, 524)
-"""Statuses of calls that nobody knows the price of: no answer, none that can be read, or a gateway that gave up waiting
-for one while the model may have gone on."""
+MAYBE_BILLED = (None, 200, *GAVE_UP)
+"""Statuses of calls that nobody knows the price of: no answer, or none that can be read."""
 
 
 @dataclass(frozen=True, slots=True)

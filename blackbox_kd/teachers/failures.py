@@ -20,6 +20,8 @@ QUOTA_CODES = (
     "credit_balance_too_low",
 )
 """429s (or 402s) that no waiting cures."""
+GAVE_UP = (408, 504, 524)
+"""A gateway waited no longer, and the model may have gone on: nobody knows whether it is billed."""
 UNREADABLE = (ValueError, RecursionError)
 """What decoders raise: no JSON, no UTF-8, the wrong shape, or too deep."""
 DETAIL_CHARS = 4000

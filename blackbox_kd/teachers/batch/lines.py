@@ -13,7 +13,7 @@ from blackbox_kd.errors import RequestRejected, TeacherError, TransientError
 from blackbox_kd.hashing import content_id
 from blackbox_kd.teachers.base import PriceConfig
 from blackbox_kd.teachers.batch.ledger import Batch
-from blackbox_kd.teachers.failures import UNREADABLE, error_of, kept
+from blackbox_kd.teachers.failures import GAVE_UP, UNREADABLE, error_of, kept
 from blackbox_kd.teachers.wire import Decoder
 from blackbox_kd.types import Attempt, Completion, Request, Usage, scorer
 
@@ -88,6 +88,8 @@ def answered(line: Line, request: Request, batch: Batch, price: PriceConfig | No
         outcome |= {"billed": True, "usage": usage, "cost_usd": _cost(usage, price)}
     except TeacherError as error:
         outcome |= {"status": error.status, "error": kept(error)}
+        if error.status in GAVE_UP:
+            outcome["billed"] = None
         dead = isinstance(error, RequestRejected)
     attempt = Attempt(
         attempt_id=content_id([batch.batch_id, request.request_key]),
