@@ -49,6 +49,7 @@ from blackbox_kd.hashing import content_id
 from blackbox_kd.progress import say
 from blackbox_kd.project import Project
 from blackbox_kd.settings import Config
+from blackbox_kd.student.load import pick_device
 from blackbox_kd.tasks import Tasks
 from blackbox_kd.teachers.teacher import Teacher
 from blackbox_kd.types import Completion, Request
@@ -388,8 +389,8 @@ def run_one(run: Run) -> dict[str, Any] | str:
             checkpoint, wall_s = asyncio.run(learn(project, used, ARMS[run.arm].algorithm is not None, pool))
             bill = used.bill(project)
             teacher_tokens = bill["prompt_tokens"] + bill["completion_tokens"]
-            return {**told(run), **bill, "teacher_tokens": teacher_tokens, "device": run.device,
-                    "wall_s": round(wall_s, 1),
+            return {**told(run), **bill, "teacher_tokens": teacher_tokens,
+                    "device": pick_device(project.config.student).type, "wall_s": round(wall_s, 1),
                     "prompts": measured(project, checkpoint, texts=run.seed != TUNING_SEED)}  # fmt: skip
     except Exception as error:  # one run that fails must not end the study
         failed.write_text(traceback.format_exc())

@@ -217,8 +217,9 @@ class StepProgress(TrainerCallback):  # type: ignore[misc]
                 self._note = f"{name} {float(logs[key]):.3f}"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One more step."""
+        """One more step; the last one is logged, wherever it falls between `logging_steps`."""
         self._progress.advance(state.global_step - self._progress.done, note=self._note)
+        control.should_log = control.should_log or state.global_step >= state.max_steps
 
 
 class FixedSetLooks(TrainerCallback):  # type: ignore[misc]

@@ -18,6 +18,7 @@ from blackbox_kd import sft
 from blackbox_kd.__main__ import main
 from blackbox_kd.command import overrides
 from blackbox_kd.config import load_config
+from blackbox_kd.corpus import query
 from blackbox_kd.errors import AlignmentError, ConfigError
 from blackbox_kd.sections import StudentConfig
 from blackbox_kd.settings import Config
@@ -476,6 +477,11 @@ def test_options_that_cannot_work_are_one_line(
     assert main(["sft", "--config", str(project_file), f"--sft.trainer.{key}", value]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"error: {said}")
+
+
+def test_the_last_step_is_logged_wherever_it_falls(trained_run: Path) -> None:
+    logged = "SELECT step FROM metrics WHERE stage = 'sft' AND split = 'train' AND name = 'loss'"
+    assert query(trained_run / "corpus.duckdb", logged)[1] == [(4,)]  # of four, and logging_steps is 5
 
 
 def test_a_bare_no_for_a_strategy_means_no(project_file: Path) -> None:
