@@ -29,6 +29,7 @@ from blackbox_kd.project import Project
 from blackbox_kd.settings import Config
 from blackbox_kd.student.student import Student
 
+TASK = str(Path(__file__).with_name("action_items.yaml"))
 ROUNDS, PROMPTS, STEPS = 3, 12, 4
 REWRITE = {
     "name": "relabel",
@@ -58,7 +59,7 @@ BOOKS = ("feedback", "replayed", "staleness", "rollout_logprob", "rollout_logpro
 
 
 def settings(out: Path, variant: str, seed: int) -> list[tuple[str, str]]:
-    """Overrides of the quickstart."""
+    """Overrides of `TASK`."""
     flags: dict[str, Any] = {
         "seed": seed,
         "run_dir": str(out / f"{variant.replace(':', '-')}-{seed}"),
@@ -147,7 +148,7 @@ def main() -> None:
     for variant in flags.only:
         say(f"== {variant}")
         overrides = settings(flags.out, variant, flags.seed)
-        with Project(load_config(Config, "quickstart", overrides)) as project:
+        with Project(load_config(Config, TASK, overrides)) as project:
             asyncio.run(train(project, flags.out / f"{flags.only[0].replace(':', '-')}-{flags.seed}"))
             found.append({"variant": variant, "seed": flags.seed, **spent(project), "rounds": rounds(project)})
     if flags.json:

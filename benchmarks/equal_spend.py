@@ -59,8 +59,8 @@ SPENDS = [8_000, 24_000, 72_000]
 ANSWER_TOKENS = 335
 ROUNDS = 2
 PASSES = 12
-"""Samples that an arm may be trained on for each answer that its spend pays for, if its loop asks: all of them still
-gain by more."""
+"""Samples that an arm may be trained on for each answer that its spend pays for, if its loop asks: the best of them
+still gain by more."""
 STEPS = 24
 """Of a round at the smallest spend that pays for one, of two samples each; in proportion at the others, so that what
 the teacher says is learnt as often."""
@@ -71,7 +71,7 @@ HELD = {"heldout": 1.0, "ood": 0.5, "holdback": 0.5}
 RESULTS = Path(__file__).parent / "results"
 
 Settings = dict[str, Any]
-"""Overrides of the quickstart, and `OURS`."""
+"""Overrides of `algorithms.TASK`, and `OURS`."""
 OURS = ("share", "steps")
 """The loop's part of the spend, and STEPS."""
 
@@ -216,7 +216,7 @@ class Run(NamedTuple):
         return {key: value for key, value in self.settings.items() if key.startswith("sft.")}
 
     def overrides(self) -> list[tuple[str, str]]:
-        """Of the quickstart."""
+        """Of `algorithms.TASK`."""
         arm, size = ARMS[self.arm], self.sizes
         fresh = ROUNDS * size.prompts_per_round if arm.cost else 0
         flags: Settings = {
@@ -384,7 +384,7 @@ def run_one(run: Run) -> dict[str, Any] | str:
     failed.unlink(missing_ok=True)
     shutil.rmtree(run.out / run.name, ignore_errors=True)  # of one that was stopped: half a run has half a wall_s
     try:
-        with Project(load_config(Config, "quickstart", run.overrides())) as project:
+        with Project(load_config(Config, algorithms.TASK, run.overrides())) as project:
             used = Used(project.run_dir.path)
             checkpoint, wall_s = asyncio.run(learn(project, used, ARMS[run.arm].algorithm is not None, pool))
             bill = used.bill(project)
@@ -495,7 +495,7 @@ def tune(flags: argparse.Namespace) -> None:
 
 def limits() -> dict[str, float]:
     """How much each hold-back task may lose: the quickstart's gate, by the metric that it looks at."""
-    return {f"task_{name}_drop": limit for name, limit in load_config(Config, "quickstart").evaluate.gate.items()}
+    return {f"task_{name}_drop": limit for name, limit in load_config(Config, algorithms.TASK).evaluate.gate.items()}
 
 
 def taken(values: Sequence[Mapping[str, float] | None], limits: Mapping[str, float]) -> int:

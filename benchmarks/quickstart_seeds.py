@@ -1,9 +1,9 @@
-"""Is learning from one's own samples worth it on the quickstart? Several seeds, each beside its control.
+"""Are the teacher's rewrites of the student's samples worth it? Several seeds, each beside its control.
 
     python benchmarks/quickstart_seeds.py --seeds 1 2 3 --json
 
 Arms, from the same sft checkpoint of the seed, with the same number of optimiser steps:
-  rewrite   the quickstart as shipped: the teacher corrects the student's drafts
+  rewrite   benchmarks/action_items.yaml: the teacher corrects the student's drafts
   control   sft continued: the teacher's own answers, on so many prompts that the teacher's tokens are the same
 
 One row an arm and seed, with the held-out metrics of base, sft and the last round. Runs are resumable; all share one
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from algorithms import TASK
 
 from blackbox_kd.corpus import query
 
@@ -28,8 +29,8 @@ METRICS = ("teacher_nll", "chrf", "exact")
 
 
 def run(run_dir: Path, corpus: Path, seed: int, extra: list[str]) -> dict[str, Any]:
-    """One run of the quickstart in a process of its own; its summary."""
-    command = [sys.executable, "-m", "blackbox_kd", "run", "--config", "quickstart", "--json", "--seed", str(seed)]
+    """One run in a process of its own; its summary."""
+    command = [sys.executable, "-m", "blackbox_kd", "run", "--config", TASK, "--json", "--seed", str(seed)]
     command += ["--run_dir", str(run_dir), "--corpus", str(corpus), *extra]
     print(" ".join(command), file=sys.stderr)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from algorithms import TASK
 from paired import minus
 from transformers import TrainerCallback
 
@@ -180,7 +181,7 @@ def train(arm: str, seed: int, flags: argparse.Namespace, extra: Sequence[str]) 
     chosen += ["--corpus", str(flags.out / "corpus.duckdb"), "--prompts.path", str(prompts_of(seed, flags.out))]
     chosen += ["--prompts.limits", f"{{heldout: {flags.heldout}, ood: 0, holdback: 0}}", "--sft.dev_fraction", "0"]
     chosen += [*ARMS[arm], *extra]
-    config = load_config(Config, "quickstart", overrides(chosen))
+    config = load_config(Config, TASK, overrides(chosen))
     print(f"{arm}, seed {seed}", file=sys.stderr)
     with Project(config) as project:
         asyncio.run(_ask(project))

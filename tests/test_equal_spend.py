@@ -12,6 +12,7 @@ from typing import Any
 
 import equal_spend_table as tables
 import pytest
+from algorithms import TASK
 from equal_spend import (
     ANSWER_TOKENS,
     ARMS,
@@ -91,7 +92,7 @@ def test_an_arm_whose_prompt_costs_more_than_its_share_has_none() -> None:
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_is_a_config(arm: str, tmp_path: Path) -> None:
     run = Run(arm, 72_000, 1, 0, {"share": 0.5} if ARMS[arm].cost else {}, 48, tmp_path, "cpu", 1)
-    config = load_config(Config, "quickstart", run.overrides())
+    config = load_config(Config, TASK, run.overrides())
     assert config.onpolicy.algorithm.name == (ARMS[arm].algorithm or "relabel").split(":")[0]
     assert config.sample.max_prompts == run.sizes.answers
     assert (config.prompts.limits["heldout"], config.prompts.limits["ood"]) == (48, 24)

@@ -1,12 +1,13 @@
 """`auto`: what came nearest to the teacher for the same teacher tokens, as far as the budget goes.
 
 What it is: a choice, made once before the first round, after benchmarks/results/equal_spend.json (docs/equal_spend.md).
-No algorithm did better there than `relabel` afresh and `preference` over fresh samples. The first brings new answers
-in, and is taken where the budget pays for them: a budget in tokens or dollars counts as so many calls at their worst
-case. The second learns from the answers that `sample` has. Needs: chat. Costs: half a call a rollout, or none for
-prompts that `sample` has answered.
-What it does not do: it measures nothing, and the study had the teacher's top-logprobs to learn from. Where another
-algorithm is better on your task, name it.
+No loop was nearer there, on average over the spends, than `relabel` afresh and `preference` over fresh samples; `sft`
+on soft labels without a loop was as near. The first brings new answers in, and is taken where the budget pays for them:
+a budget in tokens or dollars counts as so many calls at their worst case. The second learns from the answers that
+`sample` has. Needs: chat. Costs: half a call a rollout, or none for prompts that `sample` has answered.
+What it does not do: it measures nothing, and it chooses an algorithm only. The study had the teacher's top-logprobs to
+learn from, and its afresh went over the samples of a round five times, in batches of 2 at 3e-4: that is for
+`onpolicy.update` to say. Where another algorithm is better on your task, name it.
 """
 
 from __future__ import annotations
