@@ -60,7 +60,7 @@ $(VLLM)/.installed: Makefile
 		&& printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0+cpu.dist-info/METADATA
 	touch $@
 
-# three seeds of the quickstart, each with its control: six runs, well over an hour
+# three seeds of the rewriting loop, each with its control: six runs, well over an hour
 bench: setup
 	$(BIN)/python benchmarks/quickstart_seeds.py --seeds 1 2 3
 
