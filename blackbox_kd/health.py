@@ -26,6 +26,12 @@ def of_rollouts(rollouts: Sequence[Rollout]) -> dict[str, float]:
     }
 
 
+def ends(losses: Sequence[float]) -> tuple[float, float]:
+    """Means of the first and the last quarter of an update's losses: a batch by itself is mostly noise."""
+    quarter = max(1, len(losses) // 4)
+    return float(np.mean(losses[:quarter])), float(np.mean(losses[-quarter:]))
+
+
 def logprob_gap(rollouts: Sequence[Rollout]) -> float:
     """Mean of a token: how far the log-probs that it was kept with are from those of the student that is trained.
 

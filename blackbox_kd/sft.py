@@ -84,7 +84,8 @@ async def run(project: Project) -> dict[str, Any]:
         measured = [{"checkpoint": "sft", "name": name, "value": value} for name, value in coverage.items()]
         project.log("sft", [*metric_rows(trainer.state.log_history), *measured])
     shutil.rmtree(work)
-    say(f"sft: {trainer.state.global_step} steps, best dev loss {trainer.state.best_metric}")
+    best = "" if trainer.state.best_metric is None else f", best dev loss {trainer.state.best_metric:.4f}"
+    say(f"sft: {trainer.state.global_step} steps{best}")
     return {"checkpoint": str(run_dir.checkpoint("sft")), "steps": trainer.state.global_step, **coverage}
 
 

@@ -115,10 +115,11 @@ class Trainee:
             write_card(folder, project, name, how, data, [sample.sample_id for sample in samples])
             project.log("onpolicy", metric_rows(name, round_, metrics, steps))  # a kill behind it repeats the same rows
         student.policy, self.done = student.policy_of(run_dir.checkpoint(name)), round_
+        began, ended = health.ends([step["loss"] for step in steps])
         say(f"onpolicy: {name}: {len(rollouts)} rollouts, {metrics['feedback']} with feedback, "
             f"{len(replayed)} replayed, "
-            f"{len(steps)} steps, loss {steps[0]['loss']:.3f} -> {steps[-1]['loss']:.3f}")  # fmt: skip
-        return {**outcome.metrics, **metrics, "loss": steps[-1]["loss"]}
+            f"{len(steps)} steps, loss {began:.3f} -> {ended:.3f}")  # fmt: skip
+        return {**outcome.metrics, **metrics, "loss": ended}
 
 
 def kl_to(start: Path, student: Student, rollouts: Sequence[Rollout], batch_size: int) -> float:

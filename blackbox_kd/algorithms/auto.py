@@ -6,8 +6,8 @@ on soft labels without a loop was as near. The first brings new answers in, and 
 a budget in tokens or dollars counts as so many calls at their worst case. The second learns from the answers that
 `sample` has. Needs: chat. Costs: half a call a rollout, or none for prompts that `sample` has answered.
 What it does not do: it measures nothing, and it chooses an algorithm only. The study had the teacher's top-logprobs to
-learn from, and its afresh went over the samples of a round five times, in batches of 2 at 3e-4: that is for
-`onpolicy.update` to say. Where another algorithm is better on your task, name it.
+learn from, and its afresh went over the samples of a round five times, in batches of 2 at 3e-4, seven of ten replayed:
+that is for `onpolicy` to say. Where another algorithm is better on your task, name it.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from blackbox_kd.corpus.run_rows import Row
+from blackbox_kd.health import ends
 from blackbox_kd.report.tables import SPLITS, stages
 from blackbox_kd.report.words import joined, number
 
@@ -67,7 +68,10 @@ def _steps(metrics: Sequence[Row], checkpoint: str) -> list[str]:
     mine = [r for r in metrics if r["checkpoint"] == checkpoint and r["stage"] != "evaluate" and r["split"] == "train"]
     losses = [value for _, value in sorted((r["step"], r["value"]) for r in mine if r["name"] == "loss")]
     steps = f"{span[1] - span[0]} optimiser steps"
-    return [steps, f"loss {number(losses[0])} → {number(losses[-1])}"] if losses else [steps]
+    if not losses:
+        return [steps]
+    began, ended = ends(losses)
+    return [steps, f"loss {number(began)} → {number(ended)}"]
 
 
 def unfinished(config: dict[str, Any], checkpoints: Sequence[str], metrics: Sequence[Row]) -> list[str]:

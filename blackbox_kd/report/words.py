@@ -41,7 +41,7 @@ HEALTH: dict[str, str] = {
     "rollouts": "texts that the student wrote",
     "feedback": "of those, with something to learn from",
     "feedback_failed": "share of replies that could not be used",
-    "unchanged": "share of drafts that the teacher gave back as they were",
+    "unchanged": "share of drafts that are word for word what the teacher wrote",
     "staleness": "rounds that the writer is behind the student that learns",
     "kl_to_start": "how far the writer has moved from sft, nats a token",
     "rollout_entropy": "how undecided it is at each token, nats; towards 0 it writes one text only",
