@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from blackbox_kd.health import SMALLEST, by_depth, entropy, least_kl
+from blackbox_kd.health import SMALLEST, by_depth, ends, entropy, least_kl
 from blackbox_kd.types import TopK
 
 
@@ -56,3 +56,9 @@ def test_nothing_in_common_is_far_apart() -> None:
 
 def test_thirds_that_are_empty_are_left_out() -> None:
     assert by_depth("x", [1.0, 2.0, 4.0], [0.0, 0.3, 0.99]) == {"x_first": 1.5, "x_last": 4.0}
+
+
+def test_how_a_loss_began_and_ended_is_no_single_batch() -> None:
+    assert ends([9.0, 7.0, 3.0, 3.0, 3.0, 3.0, 1.0, 3.0]) == (8.0, 2.0)
+    assert ends([4.0, 2.0]) == (4.0, 2.0)
+    assert ends([4.0]) == (4.0, 4.0)
