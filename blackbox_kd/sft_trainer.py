@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl
 
 from blackbox_kd.align import SoftLabels
@@ -73,6 +74,8 @@ def trainer_config(config: Config, work: Path, *, has_dev: bool) -> TrlConfig:
     }
     with _one_line():
         args = TrlConfig(**{**defaults, **given})
+        if not args.optim_target_modules:  # those ask for the model
+            DistillationTrainer.get_optimizer_cls_and_kwargs(args, torch.nn.Module())  # its package may not be there
     integrations(args.report_to)
     check_devices(args.n_gpu)
     return args
@@ -137,7 +140,6 @@ def build_trainer(
             callbacks=stopping,
             soft_loss=config.sft.soft,
         )
-        trainer.get_optimizer_cls_and_kwargs(args, student.model)  # its package may not be there
     log_below(trainer.callback_handler.callbacks, logs_of(config.run_dir, "sft"))  # `work` does not stay
     for talkative in (PrinterCallback, ProgressCallback):  # they print to stdout, which is for results
         trainer.remove_callback(talkative)

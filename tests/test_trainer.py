@@ -75,6 +75,13 @@ def test_several_gpus_are_a_mistake_that_is_said_before_anything_is_paid() -> No
         check_devices(2)
 
 
+def test_an_optimiser_without_its_package_is_a_mistake_of_the_file(project_file: Path, tmp_path: Path) -> None:
+    for optim in ("adamw_bnb_8bit", "lomo"):
+        config = load_config(Config, str(project_file), overrides(["--sft.trainer.optim", optim]))
+        with pytest.raises(ConfigError, match=r"sft\.trainer: You need to install `(bitsandbytes|lomo_optim)`"):
+            trainer_config(config, tmp_path, has_dev=False)
+
+
 @pytest.fixture
 def build(project_file: Path, tmp_path: Path) -> Build:
     """sft's own trainer on these rows, with a `sft.trainer` block and `sft.soft` keys of the test."""
