@@ -54,6 +54,7 @@ def feedback(
     second: Script | None = None,
     reply: str = "one",
     round_: int = 1,
+    dropped: frozenset[str] = frozenset(),
     **config: Any,
 ) -> Outcome:
     async def ask() -> Outcome:
@@ -62,7 +63,7 @@ def feedback(
             judge(corpus, script) as first,
             judge(corpus, second, "unseen") as other,
         ):
-            given = tools(teacher, renderer, judge=first, unseen=other if second else None)
+            given = tools(teacher, renderer, judge=first, unseen=other if second else None)._replace(dropped=dropped)
             return await RewardConfig(**config).build(given).feedback(rollouts, round_)
 
     return asyncio.run(ask())
@@ -101,6 +102,17 @@ def test_the_best_of_a_group_is_learnt_behind_its_prompt(corpus: Corpus, rendere
     assert sample.input_ids[: len(prompt)] == prompt
     assert not any(sample.weights["ce"][: len(prompt)])
     assert (outcome.asked, outcome.failed) == (4, 0)
+
+
+def test_a_group_whose_references_curation_dropped_is_not_graded_and_no_failure(
+    corpus: Corpus, renderer: Renderer
+) -> None:
+    rollouts = [*group(renderer), *group(renderer, "Say 2")]
+    feedback(corpus, renderer, rollouts[:4])
+    ((answer,),) = corpus.rows("SELECT completion_id::VARCHAR FROM completions WHERE author = 'teacher'")
+    outcome = feedback(corpus, renderer, rollouts, dropped=frozenset({answer}))
+    assert (outcome.asked, outcome.failed, outcome.metrics["dropped_answers"]) == (8, 0, 0.5)
+    assert {said.completion_id for said in outcome.feedback} == {r.completion.completion_id for r in rollouts[4:]}
 
 
 def test_a_sample_that_was_cut_off_is_no_answer_to_learn(corpus: Corpus, renderer: Renderer) -> None:
@@ -210,7 +222,7 @@ def test_without_a_usable_answer_of_the_teacher_there_is_no_group(corpus: Corpus
 
 def test_nothing_usable_is_all_failed(corpus: Corpus, renderer: Renderer) -> None:
     outcome = feedback(corpus, renderer, group(renderer), lambda text: "no")
-    assert (outcome.failed, outcome.samples, outcome.feedback, outcome.metrics) == (4, [], [], {})
+    assert (outcome.failed, outcome.samples, outcome.feedback, outcome.metrics) == (4, [], [], {"dropped_answers": 0.0})
 
 
 def test_grades_without_a_rubric(corpus: Corpus, renderer: Renderer) -> None:

@@ -145,15 +145,15 @@ class Reward(Algorithm):
 
     async def feedback(self, rollouts: Sequence[Rollout], round_: int) -> Outcome:
         """A reward for each rollout of a group whose grades can be read."""
-        groups = await self._groups(rollouts, round_)
+        groups, dropped = await self._groups(rollouts, round_)
         judged = zip(groups, await self._judge.grade(groups, round_), strict=True)
         graded = [(group, found) for group, found in judged if found]
         rewards = [found.rewards for _, found in graded]
         feedback = [row for group, found in graded for row in self._rows(self._judge, group, found)]
-        metrics: dict[str, float] = {}
+        metrics = {"dropped_answers": dropped / max(1, len(rollouts))}
         if graded:
             lengths = [[len(rollout.completion_ids) for rollout in group.rollouts] for group, _ in graded]
-            metrics = health.of_rewards(rewards, lengths)
+            metrics |= health.of_rewards(rewards, lengths)
             if self._unseen:
                 others, agreement = await self._second_opinion(self._unseen, graded, round_)
                 feedback, metrics = feedback + others, metrics | agreement
@@ -164,12 +164,15 @@ class Reward(Algorithm):
             feedback=feedback,
             samples=samples,
             asked=len(rollouts),
-            failed=len(rollouts) - sum(map(len, rewards)),
+            failed=len(rollouts) - dropped - sum(map(len, rewards)),
             metrics=metrics,
         )
 
-    async def _groups(self, rollouts: Sequence[Rollout], round_: int) -> list[Group]:
-        """Rollouts by prompt, with the teacher's answers; without one that it has not answered."""
+    async def _groups(self, rollouts: Sequence[Rollout], round_: int) -> tuple[list[Group], int]:
+        """Rollouts by prompt, with the teacher's answers; without one that it has not answered.
+
+        And of how many rollouts curation has dropped all answers.
+        """
         groups = by_prompt(rollouts)
         if odd := [group for group in groups if len(group) != self._config.num_generations]:
             raise AlignmentError(f"{len(odd[0])} rollouts of a prompt, not {self._config.num_generations}")
@@ -179,14 +182,16 @@ class Reward(Algorithm):
         ]
         requests = [request for each in asked for request in each]
         found = await teacher.answers(requests, round_=round_, description="references")
-        answered = []
+        answered, dropped = list[Group](), 0
         for group, references in zip(groups, asked, strict=True):
             answers = [found.get(request.request_key) for request in references]
-            texts = [None if a and a.completion_id in self._tools.dropped else usable_text(a) for a in answers]
-            usable = list(dict.fromkeys(text for text in texts if text))
-            if usable or not texts:
+            kept = [answer for answer in answers if answer is None or answer.completion_id not in self._tools.dropped]
+            usable = list(dict.fromkeys(text for text in map(usable_text, kept) if text))
+            if usable or not references:
                 answered.append(Group(group, usable))
-        return answered
+            elif not kept:
+                dropped += len(group)
+        return answered, dropped
 
     async def _second_opinion(
         self, unseen: Grader, graded: list[tuple[Group, Graded]], round_: int

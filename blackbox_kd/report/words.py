@@ -51,6 +51,7 @@ HEALTH: dict[str, str] = {
     "rollout_logprob_gap": "between the log-probs it was drawn with and those it has, nats a token",
     "distinct_2": "different word pairs over all word pairs, in all texts together",
     "replayed": "teacher answers mixed into the update",
+    "dropped_answers": "share of texts whose answers by the teacher curation left out",
     "reward": "mean reward",
     "reward_spread": "deviation of rewards within the texts of one prompt",
     "groups_equal": "share of prompts whose texts were all rewarded alike: nothing to learn",
