@@ -62,7 +62,7 @@ $(VLLM)/.installed: Makefile
 
 # three seeds of the rewriting loop, each with its control: six runs, well over an hour
 bench: setup
-	$(BIN)/python benchmarks/quickstart_seeds.py --seeds 1 2 3
+	$(BIN)/python benchmarks/rewrite_seeds.py --seeds 1 2 3
 
 # collecting beside the SDK and its ideal (about 10 minutes), then 200 kills (about 6)
 bench-collect: setup

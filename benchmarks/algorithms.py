@@ -54,7 +54,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """`algorithm[:variant]` -> section `onpolicy.algorithm`; what is not named is its default."""
 YARDSTICK = ("teacher_nll", "tail_kl")
-BOOKS = ("feedback", "replayed", "staleness", "rollout_logprob", "rollout_logprob_gap", "rollout_cut_off", "surprise_z")
+BOOKS = (
+    "feedback",
+    "dropped_answers",
+    "replayed",
+    "staleness",
+    "rollout_logprob",
+    "rollout_logprob_gap",
+    "rollout_cut_off",
+    "surprise_z",
+)
 """Not in the tables."""
 
 

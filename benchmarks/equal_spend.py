@@ -494,7 +494,7 @@ def tune(flags: argparse.Namespace) -> None:
 
 
 def limits() -> dict[str, float]:
-    """How much each hold-back task may lose: the quickstart's gate, by the metric that it looks at."""
+    """How much each hold-back task may lose: the gate of `algorithms.TASK`, by the metric that it looks at."""
     return {f"task_{name}_drop": limit for name, limit in load_config(Config, algorithms.TASK).evaluate.gate.items()}
 
 

@@ -73,9 +73,7 @@ async def apply(project: Project, answers: Sequence[Answer] | None = None) -> li
 
 def sampled(project: Project) -> list[Answer]:
     """The teacher's answers to the questions that `sample` asks under this config, in their order."""
-    by_id = {prompt.prompt_id: prompt for prompt in project.sampled_prompts}
-    # Not by a completion's own prompt_id: that is the one of whoever asked the same first.
-    asked = {request.request_key: by_id[request.prompt_id] for request in project.sample_requests()}
+    asked = project.asked_by_sample()
     found = project.corpus.answers(list(asked), logprobs=False)
     return [
         Answer(prompt, choice, _tokens(choice.usage) if len(found[key]) == 1 else None)

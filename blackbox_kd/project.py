@@ -178,14 +178,20 @@ class Project:
         """The questions of the sequence-level stage: one for each draw of each sampled train prompt."""
         return sample_questions(self.teacher, self.sampled_prompts if prompts is None else prompts)
 
+    def asked_by_sample(self) -> dict[str, Prompt]:
+        """Each of those questions by its request_key, and the prompt that it asks about.
+
+        An answer belongs to it by that key: its own prompt_id is the one of whoever asked the same first.
+        """
+        by_id = {prompt.prompt_id: prompt for prompt in self.sampled_prompts}
+        return {request.request_key: by_id[request.prompt_id] for request in self.sample_requests()}
+
     def training_rows(self) -> list[tuple[Prompt, str, str]]:
         """(prompt, completion_id, answer): whole answers to exactly those questions, by completion_id.
 
         Without those that this run's curation dropped (`curate.apply`).
         """
-        by_id = {prompt.prompt_id: prompt for prompt in self.sampled_prompts}
-        # Not by a completion's own prompt_id: that is the one of whoever asked the same first.
-        asked = {request.request_key: by_id[request.prompt_id] for request in self.sample_requests()}
+        asked = self.asked_by_sample()
         with self.corpus.connect():
             dropped, answers = curation.dropped(self.corpus, self.run_id), self.corpus.whole_answers(list(asked))
         return [

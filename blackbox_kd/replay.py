@@ -35,11 +35,8 @@ class Replay:
     def __init__(self, project: Project, renderer: Renderer) -> None:
         config = project.config
         self._seed, self._share, self._renderer = config.seed, config.onpolicy.replay, renderer
-        self._soft, rows, longest = (
-            config.sft.soft,
-            project.training_rows() if self._share else [],
-            config.student.max_length,
-        )
+        self._soft, longest = config.sft.soft, config.student.max_length
+        rows = project.training_rows() if self._share else []
         self._rows = [row for row in rows if len(renderer.render(row[0].messages, row[2]).input_ids) <= longest]
         same = options(SoftLossConfig()) | losses(config.sft, config.onpolicy.algorithm)["topk_kl"]
         texts = [(completion_id, text) for _, completion_id, text in self._rows]

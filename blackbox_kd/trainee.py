@@ -90,6 +90,7 @@ class Trainee:
             **health.of_rollouts(rollouts),
             "feedback": len({said.completion_id for said in outcome.feedback}),
             "feedback_failed": outcome.failed / max(1, outcome.asked),
+            "dropped_answers": outcome.dropped / max(1, outcome.asked),
             "replayed": len(replayed),
             "staleness": min(loop.max_staleness, round_ - 1),
             "kl_to_start": kl_to(run_dir.checkpoint("sft"), student, rollouts, loop.rollout_batch_size),

@@ -67,7 +67,7 @@ def test_an_equal_answer_makes_no_pair_and_is_no_failure(corpus: Corpus, rendere
     assert (len(outcome.samples), outcome.failed, outcome.metrics) == (
         2,
         0,
-        {"equal_answers": 0.5, "dropped_answers": 0.0},
+        {"equal_answers": 0.5},
     )
 
 
@@ -77,7 +77,7 @@ def test_an_answer_that_curation_dropped_is_not_chosen(corpus: Corpus, renderer:
     dropped = frozenset({first.target_completion_id or ""})
     outcome = feedback(corpus, renderer, rollouts, "one", dropped)
     assert [said.target_completion_id for said in outcome.feedback] == [second.target_completion_id]
-    assert (len(outcome.samples), outcome.failed, outcome.metrics["dropped_answers"]) == (2, 0, 0.5)
+    assert (len(outcome.samples), outcome.failed, outcome.dropped) == (2, 0, 1)
 
 
 def test_an_empty_answer_is_a_failure(corpus: Corpus, renderer: Renderer) -> None:

@@ -111,7 +111,7 @@ def test_a_group_whose_references_curation_dropped_is_not_graded_and_no_failure(
     feedback(corpus, renderer, rollouts[:4])
     ((answer,),) = corpus.rows("SELECT completion_id::VARCHAR FROM completions WHERE author = 'teacher'")
     outcome = feedback(corpus, renderer, rollouts, dropped=frozenset({answer}))
-    assert (outcome.asked, outcome.failed, outcome.metrics["dropped_answers"]) == (8, 0, 0.5)
+    assert (outcome.asked, outcome.failed, outcome.dropped) == (8, 0, 4)
     assert {said.completion_id for said in outcome.feedback} == {r.completion.completion_id for r in rollouts[4:]}
 
 
@@ -222,7 +222,7 @@ def test_without_a_usable_answer_of_the_teacher_there_is_no_group(corpus: Corpus
 
 def test_nothing_usable_is_all_failed(corpus: Corpus, renderer: Renderer) -> None:
     outcome = feedback(corpus, renderer, group(renderer), lambda text: "no")
-    assert (outcome.failed, outcome.samples, outcome.feedback, outcome.metrics) == (4, [], [], {"dropped_answers": 0.0})
+    assert (outcome.failed, outcome.samples, outcome.feedback, outcome.metrics) == (4, [], [], {})
 
 
 def test_grades_without_a_rubric(corpus: Corpus, renderer: Renderer) -> None:

@@ -30,6 +30,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """Rollouts that feedback was asked for."""
     failed: int
     """Of those, how many got none that can be used; they are dropped, never scored as zero."""
+    dropped: int = 0
+    """Of those, how many have an answer of the teacher that curation keeps out of training; no failure."""
     metrics: dict[str, float] = {}
     """What is worth a look in each round."""
     state: dict[str, bytes] = {}

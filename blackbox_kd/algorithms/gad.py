@@ -147,6 +147,7 @@ class Gad(Algorithm):
             samples=self._warm_up(groups) if alarm == "chance" else await self._advantages(judged),
             asked=len(rollouts),
             failed=len(rollouts) - told - dropped,
+            dropped=dropped,
             metrics={**metrics, **of_discriminator(judged), "discriminator_alarm": float(alarm is not None)},
             state={STATE_FILE: self._state or b"", HISTORY_FILE: json.dumps(self._accuracies).encode()},
         )

@@ -17,8 +17,6 @@ from pydantic import Field
 
 from blackbox_kd.algorithms.base import Algorithm, AlgorithmConfig, Outcome, Tools, on_completion
 from blackbox_kd.judging import usable_text
-from blackbox_kd.student.render import Renderer
-from blackbox_kd.teachers.teacher import Teacher
 from blackbox_kd.types import Completion, Feedback, Rollout, TrainSample, scorer
 
 
@@ -65,16 +63,15 @@ class PreferenceConfig(AlgorithmConfig):
 
     def build(self, tools: Tools) -> Preference:
         """No files to read."""
-        return Preference(self, tools.teacher, tools.renderer, tools.dropped)
+        return Preference(self, tools)
 
 
 class Preference(Algorithm):
     """See the module."""
 
-    def __init__(
-        self, config: PreferenceConfig, teacher: Teacher, renderer: Renderer, dropped: frozenset[str] = frozenset()
-    ) -> None:
-        self._config, self._teacher, self._renderer, self._dropped = config, teacher, renderer, dropped
+    def __init__(self, config: PreferenceConfig, tools: Tools) -> None:
+        self._config, self._teacher, self._renderer = config, tools.teacher, tools.renderer
+        self._dropped = tools.dropped
 
     async def feedback(self, rollouts: Sequence[Rollout], round_: int) -> Outcome:
         """A pair for each rollout that differs from the teacher's answer."""
@@ -101,10 +98,14 @@ class Preference(Algorithm):
                         target_completion_id=answer.completion_id,
                     )
                 )
-        metrics = {
-            name: n / max(1, len(rollouts)) for name, n in (("equal_answers", equal), ("dropped_answers", dropped))
-        }
-        return Outcome(feedback=feedback, samples=samples, asked=len(rollouts), failed=failed, metrics=metrics)
+        return Outcome(
+            feedback=feedback,
+            samples=samples,
+            asked=len(rollouts),
+            failed=failed,
+            dropped=dropped,
+            metrics={"equal_answers": equal / max(1, len(rollouts))},
+        )
 
     def _pair(self, rollout: Rollout, answer: Completion, text: str) -> list[TrainSample]:
         chosen_ids, rejected_ids = self._renderer.completion(text), rollout.completion_ids

@@ -150,10 +150,10 @@ class Reward(Algorithm):
         graded = [(group, found) for group, found in judged if found]
         rewards = [found.rewards for _, found in graded]
         feedback = [row for group, found in graded for row in self._rows(self._judge, group, found)]
-        metrics = {"dropped_answers": dropped / max(1, len(rollouts))}
+        metrics: dict[str, float] = {}
         if graded:
             lengths = [[len(rollout.completion_ids) for rollout in group.rollouts] for group, _ in graded]
-            metrics |= health.of_rewards(rewards, lengths)
+            metrics = health.of_rewards(rewards, lengths)
             if self._unseen:
                 others, agreement = await self._second_opinion(self._unseen, graded, round_)
                 feedback, metrics = feedback + others, metrics | agreement
@@ -165,6 +165,7 @@ class Reward(Algorithm):
             samples=samples,
             asked=len(rollouts),
             failed=len(rollouts) - dropped - sum(map(len, rewards)),
+            dropped=dropped,
             metrics=metrics,
         )
 

@@ -1,6 +1,6 @@
 """Are the teacher's rewrites of the student's samples worth it? Several seeds, each beside its control.
 
-    python benchmarks/quickstart_seeds.py --seeds 1 2 3 --json
+    python benchmarks/rewrite_seeds.py --seeds 1 2 3 --json
 
 Arms, from the same sft checkpoint of the seed, with the same number of optimiser steps:
   rewrite   benchmarks/action_items.yaml: the teacher corrects the student's drafts
